@@ -1,0 +1,6 @@
+"Everything public: `from fasterai.misc.all import *`"
+from fasterai.core.modules import *
+from fasterai.lowrank.factorize import *
+from fasterai.lowrank.ranks import *
+from fasterai.lowrank.plan import *
+from fasterai.misc.fc_decomposer import *
