@@ -4,3 +4,4 @@ from fasterai.lowrank.factorize import *
 from fasterai.lowrank.ranks import *
 from fasterai.lowrank.plan import *
 from fasterai.misc.fc_decomposer import *
+from fasterai.lowrank.cli import *
