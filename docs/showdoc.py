@@ -1,0 +1,78 @@
+"How the site shows the API: nbdev's notebook processors, with a table of docments below each signature"
+import os, re
+from dataclasses import is_dataclass
+from importlib import import_module
+from inspect import Parameter, Signature, formatannotation, isclass, signature
+from textwrap import wrap
+
+from fastcore.docments import docments, docstring, qual_name
+from fastcore.nbio import read_nb, write_nb
+from nbdev import showdoc
+from nbdev.processors import FilterDefaults, _default_exp, add_links
+
+empty = Parameter.empty
+
+def _cell(s): return re.sub(r'\\?\|', r'\\|', ' '.join((s or '').split()))   # a bare `|` would end the cell
+def _code(s): return f'`{_cell(s)}`' if s else ''
+def _short(s): return re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Z])', '', s)         # torch.nn.modules.module.Module -> Module
+def _anno(o): return '' if o is empty else _short(o if isinstance(o, str) else formatannotation(o))
+def _default(o): return '' if o is empty else getattr(o, '__name__', None) or repr(o)
+
+class Bare(str):
+    "Text that a signature shows without quotes"
+    def __repr__(self): return str(self)
+
+class TableRenderer:
+    "A heading, the signature without its types, the docstring, and a Type/Default/Details table"
+    module = None   # that the notebook exports to, where it is one of the library
+
+    def __init__(self, sym, name=None, title_level=3):
+        # Comments of a dataclass are only found in a module, not in a cell; the library has the same class.
+        if self.module and is_dataclass(sym) and sym.__module__ == '__main__':
+            sym = getattr(import_module(self.module), sym.__name__)
+        self.is_prop,self.title_level = isinstance(sym, property),title_level
+        self.sym = sym.fget if self.is_prop else sym
+        self.nm = name or qual_name(self.sym)
+
+    def _signature(self):
+        if self.is_prop: return self.nm
+        ps = [p.replace(annotation=empty, default=empty if p.default is empty else Bare(_default(p.default)))
+              for p in signature(self.sym).parameters.values() if p.name != 'self']
+        indent = ' '*(len(self.nm) + 1)
+        return '\n'.join(wrap(f'{self.nm}{Signature(ps)}', 88, subsequent_indent=indent, break_long_words=False))
+
+    def _rows(self):
+        bases = [docments(o) for o in getattr(self.sym, '__mro__', ())[1:] if is_dataclass(o)]   # of inherited fields
+        for k,v in docments(self.sym, full=True).items():
+            doc = v.docment or next((o[k] for o in bases if o.get(k)), '')
+            typ,dflt,doc = _anno(v.anno), _default(v.default), _cell(doc)
+            star = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}.get(v.get('kind'), '')
+            if k == 'return' and (isclass(self.sym) or not doc and typ in ('', 'None')): continue
+            if k == 'self' or star and not (typ or doc): continue
+            yield '**Returns**' if k == 'return' else _code(star + k), _code(typ), _code(dflt), doc
+
+    def _table(self):
+        cols = [*zip(('', 'Type', 'Default', 'Details'), ('---',)*4, *self._rows())]
+        cols = [c for i,c in enumerate(cols) if i == 0 or any(c[2:])]
+        return '\n'.join(f"| {' | '.join(r)} |" for r in zip(*cols)) if len(cols) > 1 else ''
+
+    def _repr_markdown_(self):
+        last = self.nm.split('.')[-1]
+        if self.nm[0] == '_' or last[0] == '_' and not self.sym.__doc__: return ''   # a plain `__repr__` needs no entry
+        head,sig = '#'*self.title_level + f' `{self.nm}`', f'```python\n{self._signature()}\n```'
+        return '\n\n'.join(o for o in (head, sig, docstring(self.sym), self._table()) if o)
+
+class SiteProcs(FilterDefaults):
+    "nbdev's processors; `nbdev_sphinx` links names in backticks, needing neither an installed package nor a host"
+    def base_procs(self): return [o for o in super().base_procs() if o is not add_links]
+
+def process(paths):
+    "Write the first notebook of `paths` to the second: exported cells hidden, API entries in their place"
+    src,dst = paths
+    os.environ['IN_TEST'] = '1'   # as nbdev does: exporting from a notebook must not happen while its cells run here
+    nb = read_nb(src)
+    module = nb.metadata['module'] = f'fasterai.{exp}' if (exp := _default_exp(nb)) else None
+    # Set here, not by the `renderer` key of pyproject.toml: then only the docs build has to import this file.
+    showdoc.BasicMarkdownRenderer,TableRenderer.module = TableRenderer,module
+    SiteProcs()(nb)
+    write_nb(nb, dst)
