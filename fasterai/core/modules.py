@@ -6,7 +6,7 @@
 __all__ = ['LINEAR_ATTRS', 'LowRankLinear', 'mk_pair', 'is_pair', 'weight_readers', 'LinearSite', 'find_linears', 'match_name',
            'select', 'copy_with', 'count_params']
 
-# %% ../../nbs/core/modules.ipynb #ea3135b9
+# %% ../../nbs/core/modules.ipynb #2afceee1
 import ast, copy, inspect, textwrap, types
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.overrides import TorchFunctionMode
 
 # %% ../../nbs/core/modules.ipynb #85775aaf
 class LowRankLinear(nn.Sequential):
@@ -55,22 +56,24 @@ def is_pair(m: nn.Module) -> bool:
     return (type(a) is type(b) is nn.Linear and a.bias is None and a.out_features == b.in_features
             and a.out_features <= min(a.in_features, b.out_features))
 
-# %% ../../nbs/core/modules.ipynb #3b5f6d96
+# %% ../../nbs/core/modules.ipynb #0cdd1431
 LINEAR_ATTRS = frozenset('weight bias in_features out_features'.split())
 _CALLS_ONLY = frozenset('checkpoint isinstance type id callable len repr'.split())  # a layer passed to these is not looked into
 
+_BINDS = (ast.Assign, ast.NamedExpr, ast.For, ast.comprehension)
+
 @lru_cache(maxsize=None)
-def _fn_ast(fn: types.FunctionType) -> ast.AST|None:
-    "Syntax tree of `fn`, None where there is no source"
+def _fn_ast(fn: types.FunctionType) -> tuple[ast.AST|None,list]:
+    "Syntax tree of `fn` and what binds names in it; None where there is no source"
     try: tree = ast.parse(textwrap.dedent(inspect.getsource(fn))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError): return None
-    return tree if isinstance(tree, ast.FunctionDef) else None
+    except (OSError, TypeError, SyntaxError, IndexError): return None,[]
+    return (tree, [o for o in ast.walk(tree) if isinstance(o, _BINDS)]) if isinstance(tree, ast.FunctionDef) else (None,[])
 
 def _plain_fn(o) -> types.FunctionType|None:
     o = inspect.unwrap(getattr(o, '__func__', o))
     return o if isinstance(o, types.FunctionType) else None
 
-# %% ../../nbs/core/modules.ipynb #ba669f37
+# %% ../../nbs/core/modules.ipynb #47ce8ea8
 class _Reader:
     "Symbolic walk over `forward` functions: which modules does an expression stand for, and is one of them looked into?"
     def __init__(self): self.found,self.seen = {},set()
@@ -87,7 +90,7 @@ class _Reader:
         key = (fn, tuple((k, *map(id, v)) for k,v in args.items()))
         if fn is None or key in self.seen: return
         self.seen.add(key)
-        tree = _fn_ast(fn)
+        tree,binds = _fn_ast(fn)
         if tree is None:
             for m in [o for v in args.values() for c in v for o in c.children()]: self.mark(m, f'{fn.__qualname__} (no source)')
             return
@@ -95,51 +98,70 @@ class _Reader:
         env = defaultdict(list)
         for k,v in args.items():
             if isinstance(k, str) or k < len(params): env[k if isinstance(k, str) else params[k]] += v
-        _FnWalk(self, fn, env).run(tree)
+        _FnWalk(self, fn, env).run(tree, binds)
 
     def mark(self, m: nn.Module, where: str): self.found.setdefault(id(m), where)
 
-# %% ../../nbs/core/modules.ipynb #066f356a
+# %% ../../nbs/core/modules.ipynb #a672c226
+def _is_getattr(e) -> bool:
+    return isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == 'getattr' and len(e.args) > 1
+
 class _FnWalk(ast.NodeVisitor):
     "One function under `_Reader`: `env` maps local names to the modules they may stand for"
-    def __init__(self, reader, fn, env): self.reader,self.fn,self.env = reader,fn,env
+    def __init__(self, reader, fn, env): self.reader,self.fn,self.env,self.strs = reader,fn,env,{}
 
-    def run(self, tree):
+    def run(self, tree, binds):
         for _ in range(2):  # twice: a name may be bound below its use in a loop
-            for o in ast.walk(tree): self._bind(o)
+            for o in binds: self._bind(o)
         for o in tree.body: self.visit(o)
 
     def _bind(self, o):
         if isinstance(o, ast.Assign): [self._assign(t, o.value) for t in o.targets]
         elif isinstance(o, ast.NamedExpr): self._assign(o.target, o.value)
-        elif isinstance(o, (ast.For, ast.comprehension)):
-            self._add(o.target, self._iterated(o.iter))
+        else: self._add(o.target, self._iterated(o.iter))
 
     def _assign(self, target, value):
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
             for t,v in zip(target.elts, value.elts): self._assign(t, v)
-        else: self._add(target, self.mods(value))
+        elif isinstance(target, (ast.Tuple, ast.List)): self._add(target, self._items(value))
+        else: self._add(target, self.mods(value), self._texts(value))
 
-    def _add(self, target, mods):
+    def _add(self, target, mods, texts=None):
         for t in [t for t in ast.walk(target) if isinstance(t, ast.Name)]:
             self.env[t.id] += [m for m in mods if not any(m is o for o in self.env[t.id])]
+            old = self.strs.get(t.id, set())
+            self.strs[t.id] = None if texts is None or old is None else old | texts
 
     def mods(self, e) -> list:
         "Modules (or lists of modules) that expression `e` may stand for"
         if isinstance(e, ast.Name): return self.env.get(e.id, [])
         if isinstance(e, ast.Attribute): return self._attr(e.value, e.attr)
-        if isinstance(e, ast.Subscript): return self._items(e.value)
+        if isinstance(e, ast.Subscript): return [self._items(e.value)] if isinstance(e.slice, ast.Slice) else self._items(e.value)
+        if isinstance(e, (ast.List, ast.Tuple)): return [[m for v in e.elts for m in self.mods(v)]]
+        if isinstance(e, ast.Starred): return self._items(e.value)
         if isinstance(e, ast.IfExp): return self.mods(e.body) + self.mods(e.orelse)
         if isinstance(e, ast.BoolOp): return [m for v in e.values for m in self.mods(v)]
         if isinstance(e, ast.NamedExpr): return self.mods(e.value)
-        if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == 'getattr' and len(e.args) > 1:
-            return self._attr(e.args[0], e.args[1].value) if isinstance(e.args[1], ast.Constant) else self._items(e.args[0])
+        if _is_getattr(e):
+            names = self._texts(e.args[1])
+            return self._items(e.args[0]) if names is None else [m for k in names for m in self._attr(e.args[0], k)]
         if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == 'super': return self.env.get('self', [])
         return []
 
+    def _texts(self, e) -> set|None:
+        "Strings that expression `e` may stand for, None if that is not known"
+        if isinstance(e, ast.Constant): return {e.value} if isinstance(e.value, str) else None
+        if isinstance(e, ast.Name): return self.strs.get(e.id)
+        if _is_getattr(e) and isinstance(e.args[1], ast.Constant):
+            res = {getattr(m, e.args[1].value, None) for m in self.mods(e.args[0]) if isinstance(m, nn.Module)}
+            return res if res and all(isinstance(v, str) for v in res) else None
+
     def _iterated(self, e):
-        "What a loop over `e` may bind: looks through zip, enumerate, reversed, slices"
-        return self._items(e) or [c for o in ast.iter_child_nodes(e) for c in self._iterated(o)]
+        "What a loop over `e` may bind: looks through zip, enumerate, reversed, `.values()`"
+        inside = ast.iter_child_nodes(e)
+        if isinstance(e, ast.Attribute): inside = []   # the layers of `self` are not in `self.sizes`
+        elif isinstance(e, ast.Call): inside = e.args + ([e.func.value] if isinstance(e.func, ast.Attribute) else [])
+        return self._items(e) or [c for o in inside for c in self._iterated(o)]
 
     def _items(self, e):
         return [c for m in self.mods(e) for c in (m.children() if isinstance(m, nn.Module) else m)]
@@ -208,14 +230,16 @@ def weight_readers(
         if len(m._modules) and type(m).__module__ != 'torch.nn.modules.container': r.run(m)
     return r.found
 
-# %% ../../nbs/core/modules.ipynb #b3bfe8cf
+# %% ../../nbs/core/modules.ipynb #ac423d9d
 def _is_conv1d(m) -> bool:
     "GPT-2's `Conv1D`: a linear layer whose weight is stored (n, m)"
     return type(m).__name__ == 'Conv1D' and type(m).__module__ == 'transformers.pytorch_utils'
 
 def _looks_linear(m) -> bool:
     return not isinstance(m, nn.Sequential) and (_is_conv1d(m) or isinstance(m, nn.Linear)
-        or (hasattr(m, 'in_features') and hasattr(m, 'out_features')))
+        or all(isinstance(getattr(m, a, None), int) for a in ('in_features', 'out_features')) and _holds_weight(m))
+
+def _holds_weight(m): return bool(m._parameters or m._buffers or hasattr(m, 'weight'))  # not a block of two convolutions
 
 # %% ../../nbs/core/modules.ipynb #4c5d17c1
 @dataclass(frozen=True)
@@ -238,10 +262,11 @@ class LinearSite:
         w = self.module.weight.detach()
         return w.T if _is_conv1d(self.module) else w
 
-# %% ../../nbs/core/modules.ipynb #16821f71
+# %% ../../nbs/core/modules.ipynb #1aa323e4
 _EXACT = (nn.Linear, NonDynamicallyQuantizableLinear)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_hooks', '_backward_pre_hooks')
+_HOOK_FLAGS = ('_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks_with_kwargs')
 _STATE_HOOKS = ('_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 
 def _weight_maker(m):
@@ -256,7 +281,8 @@ def _type_reason(m, types):
         return "parametrized; torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
     if '.ao.' in t.__module__ or 'quantized' in t.__module__: return f'{t.__name__} of {t.__module__} is quantized; decompose before quantizing'
     if t in _EXACT or t in types or _is_conv1d(m): return None
-    if isinstance(m, nn.Linear): return f'{t.__name__} is a subclass of nn.Linear; pass types=({t.__name__},) if it computes the same'
+    name = t.__name__ if t.__name__ != 'Linear' else f'{t.__module__}.Linear'
+    if isinstance(m, nn.Linear): return f'{name} is a subclass of nn.Linear; pass types=({name},) if it computes the same'
     return f'{t.__name__} is not nn.Linear'
 
 def _content_reason(m):
@@ -270,26 +296,36 @@ def _content_reason(m):
     if w.layout is not torch.strided: return f'its weight is {w.layout}, not dense'
     if not w.numel(): return 'zero-size'
 
-# %% ../../nbs/core/modules.ipynb #aec29204
-def _key(t):
-    "What makes two tensors the same: their storage, or their identity where there is none"
-    if t.device.type == 'meta' or isinstance(t, nn.parameter.UninitializedTensorMixin) or type(t.data) is not torch.Tensor: return id(t)
-    return (t.untyped_storage().data_ptr() or id(t)) if t.layout is torch.strided else id(t)
+# %% ../../nbs/core/modules.ipynb #5b75a0a8
+def _span(t):
+    "Where a tensor lies: storage, first byte, end; a tensor without storage to compare is known by its identity"
+    if (t.device.type == 'meta' or isinstance(t, nn.parameter.UninitializedTensorMixin) or type(t.data) is not torch.Tensor
+        or t.layout is not torch.strided): return id(t),0,1
+    last = sum((s-1)*d for s,d in zip(t.shape, t.stride())) if t.numel() else -1
+    lo,hi = t.storage_offset(),t.storage_offset() + last + 1
+    return t.untyped_storage().data_ptr() or id(t), lo*t.element_size(), hi*t.element_size()
 
 def _owners(model):
-    "Where each tensor is registered: key -> {id(module): name}"
-    res = defaultdict(dict)
+    "Where each tensor is registered: storage -> [(first byte, end, id(module), name)]"
+    res = defaultdict(list)
     for n,m in model.named_modules():
         for k,t in [*m._parameters.items(), *m._buffers.items()]:
-            if t is not None: res[_key(t)].setdefault(id(m), f'{n}.{k}' if n else k)
+            if t is None: continue
+            key,lo,hi = _span(t)
+            res[key].append((lo, hi, id(m), f'{n}.{k}' if n else k))
     return res
 
 def _tie_reason(m, owners):
+    "Other tensors that lie on the same bytes; neighbours in one flat buffer are not tied"
     for t in (m.weight, m.bias):
-        others = [n for i,n in owners[_key(t)].items() if i != id(m)] if t is not None else []
+        if t is None: continue
+        key,lo,hi = _span(t)
+        others = [n for a,b,i,n in owners[key] if i != id(m) and a < hi and lo < b]
         if others: return f'tied with {", ".join(others[:3])}'
 
-# %% ../../nbs/core/modules.ipynb #f68ceeee
+# %% ../../nbs/core/modules.ipynb #98bdfded
+_TABLES = ('bias','pos','embed')  # in names of parameters that are looked up or added, not multiplied with
+
 def _others(n, m):
     "Rows (name, in, out, reason) for matrices of `m` that are not layers"
     pre = f'{n}.' if n else ''
@@ -299,8 +335,8 @@ def _others(n, m):
     elif isinstance(m, nn.Bilinear): yield n, m.in1_features*m.in2_features, m.out_features, 'Bilinear is not nn.Linear'
     elif not type(m).__module__.startswith('torch.nn.'):
         for k,p in m._parameters.items():
-            if p is not None and not isinstance(p, nn.parameter.UninitializedTensorMixin) and p.ndim == 3 and min(p.shape) > 1:
-                yield pre+k, p.shape[2], p.shape[1], 'stacked matrices: a parameter, not a layer'
+            if p is None or isinstance(p, nn.parameter.UninitializedTensorMixin) or any(w in k for w in _TABLES): continue
+            if p.ndim == 3 and min(p.shape) > 1: yield pre+k, p.shape[2], p.shape[1], 'stacked matrices: a parameter, not a layer'
 
 def _inside(model):
     "Layers below something that must stay whole: id -> reason"
@@ -313,7 +349,7 @@ def _inside(model):
             if c is not m: res.setdefault(id(c), why)
     return res
 
-# %% ../../nbs/core/modules.ipynb #d472b873
+# %% ../../nbs/core/modules.ipynb #646805fe
 def find_linears(
     model: nn.Module,              # any model
     *,
@@ -332,15 +368,16 @@ def find_linears(
         if not _looks_linear(m) or isinstance(m, nn.Bilinear): continue
         adapter = 'a LoRA adapter; merge the adapters first' if any(p.startswith('lora_') for p in n.split('.')) else None
         why = inside.get(id(m)) or adapter or _type_reason(m, types) or _content_reason(m) or _tie_reason(m, owners)
-        i,j = m.weight.shape if _is_conv1d(m) else (m.in_features, m.out_features)
-        res.append(LinearSite(tuple(names[id(m)]), m, i, j, why, readers.get(id(m)) or _hooked(m)))
+        nm = m.weight.shape if _is_conv1d(m) else (m.in_features, m.out_features) if why else m.weight.shape[::-1]
+        res.append(LinearSite(tuple(names[id(m)]), m, *nm, why, readers.get(id(m)) or _hooked(m)))
     return res
 
 def _hooked(m): return 'its own hooks' if any(getattr(m, h, None) for h in _HOOKS) else None
 
-# %% ../../nbs/core/modules.ipynb #e4962e4f
+# %% ../../nbs/core/modules.ipynb #c08a6618
 def match_name(name: str, pattern: str) -> bool:
     "Is `name` the thing that `pattern` names, or something below it? `*` and `?` are wildcards, `*` crosses dots"
+    if name == pattern or name.startswith(f'{pattern}.'): return True    # a name may hold [ ] or *, as keys of nn.ModuleDict do
     return fnmatchcase(name, pattern) or fnmatchcase(name, pattern+'.*')
 
 def select(
@@ -361,28 +398,34 @@ def select(
             'The model has no fully-connected layer.'))
     return [k for k,ns in names.items() if any(match_name(n, p) for n in ns for p in pats)]
 
-# %% ../../nbs/core/modules.ipynb #0d69c0f6
-def _tensors(o):
-    "Tensors among the attributes of a module, inside plain containers too"
-    if isinstance(o, torch.Tensor): yield o
-    elif isinstance(o, Mapping): yield from (t for v in o.values() for t in _tensors(v))
-    elif isinstance(o, (list, tuple, set)): yield from (t for v in o for t in _tensors(v))
+# %% ../../nbs/core/modules.ipynb #93572cfd
+class _Detached(TorchFunctionMode):
+    "Lets `deepcopy` pass tensors that are the result of a computation: their copies are cut off from it"
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is not torch.Tensor.__deepcopy__ or args[0].grad_fn is None: return f(*args, **(kwargs or {}))
+        x,memo = args
+        memo[id(x)] = x.detach().clone()
+        return memo[id(x)]
+
+def _carry_hooks(old, new, memo):
+    "Copy the hooks of `old` to `new`; a method hook then belongs to the copied model, as `deepcopy` has it for other layers"
+    for h in (*_HOOKS, *_HOOK_FLAGS):
+        if getattr(old, h, None): getattr(new, h).update(copy.deepcopy(getattr(old, h), memo))
+    new._is_full_backward_hook = old._is_full_backward_hook
 
 def copy_with(
     model: nn.Module,                        # left unchanged
-    new: Mapping[nn.Module,nn.Module]|None=None, # layer of `model` -> what stands in its place in the copy
+    new: Mapping[nn.Module,nn.Module]|None=None, # layer of `model` -> what stands in its place in the copy, and gets its hooks
 ) -> nn.Module:
     "A deep copy of `model` in which some modules are replaced, under all their names"
-    new = new or {}
-    if model in new: return new[model]
-    memo = {id(o): n for o,n in new.items()}
-    with torch.inference_mode(False), torch.no_grad():
-        for m in model.modules():
-            if m in new: continue
-            memo |= {id(t): t.detach().clone() for t in _tensors(m.__dict__) if t.grad_fn is not None}
+    memo = {id(o): n for o,n in (new or {}).items()}
+    with torch.inference_mode(False), torch.no_grad(), _Detached():
+        for p in model.parameters():    # deepcopy of a Parameter knows dense layouts only
+            if p.layout is not torch.strided: memo[id(p)] = nn.Parameter(p.detach().clone(), p.requires_grad)
+        for o,n in (new or {}).items(): _carry_hooks(o, n, memo)
         return copy.deepcopy(model, memo)
 
-# %% ../../nbs/core/modules.ipynb #8f4aceb4
+# %% ../../nbs/core/modules.ipynb #291482bd
 def count_params(model: nn.Module) -> int:
-    "Parameters of `model`, shared ones counted once"
-    return sum(p.numel() for p in model.parameters())
+    "Parameters of `model`, shared ones counted once, lazy ones not yet made not at all"
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedTensorMixin))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LayerPlan', 'DecompositionPlan', 'make_plan', 'write_atomic', 'to_dense']
 
-# %% ../../nbs/lowrank/plan.ipynb #f26772ec
-import json, os, tempfile, warnings
+# %% ../../nbs/lowrank/plan.ipynb #0c4cdb63
+import json, os, tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace, asdict
+from numbers import Integral
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 import torch
@@ -16,8 +17,8 @@ from fastcore.basics import patch, patch_to
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from ..core.modules import LinearSite, LowRankLinear, copy_with, count_params, find_linears, is_pair, mk_pair, select
-from ..core.modules import _HOOKS
 from .factorize import factorize, spectrum, trunc_error
+from .factorize import _double, _warn_user
 from .ranks import Layer, mk_policy, round_rank
 
 # %% ../../nbs/lowrank/plan.ipynb #6be01c5c
@@ -45,7 +46,7 @@ class LayerPlan(Layer):
     @property
     def shape(self) -> str: return f'{self.kind}({self.in_features}→{self.out_features})'
 
-# %% ../../nbs/lowrank/plan.ipynb #b15cafb0
+# %% ../../nbs/lowrank/plan.ipynb #4f3ea88b
 @dataclass(frozen=True)
 class DecompositionPlan:
     "What happens to each fully-connected layer of a model"
@@ -68,15 +69,13 @@ class DecompositionPlan:
     def __len__(self): return len(self.layers)
     def __getitem__(self, name: str) -> LayerPlan:
         "The plan of layer `name`"
-        return next(o for o in self.layers if o.name == self._names(name, 'name', exact=True)[0])
+        if not isinstance(name, str): raise TypeError(f'a plan is indexed by the name of a layer, got {name!r}; the rows are in plan.layers.')
+        if (hit := [o for o in self.layers if name in o.names]): return hit[0]
+        raise ValueError(f'{name!r} is not a layer; below it lie {", ".join(map(repr, self._names(name, "name")[:3]))}.')
 
-# %% ../../nbs/lowrank/plan.ipynb #2a7fd28a
+# %% ../../nbs/lowrank/plan.ipynb #f036acf5
 @patch
-def _names(self:DecompositionPlan, patterns, arg, exact=False):
-    names = {o.name: o.names for o in self.layers}
-    if exact and isinstance(patterns, str):
-        if (hit := [k for k,v in names.items() if patterns in v]): return hit
-    return select(names, patterns, arg)
+def _names(self:DecompositionPlan, patterns, arg): return select({o.name: o.names for o in self.layers}, patterns, arg)
 
 # %% ../../nbs/lowrank/plan.ipynb #651048ff
 @patch
@@ -103,7 +102,7 @@ def __repr__(self:DecompositionPlan):
 def _repr_html_(self:DecompositionPlan):
     return f'<p>{self.title}</p>' + (self.to_frame().to_html(**_fmt, border=0) if self.layers else '')
 
-# %% ../../nbs/lowrank/plan.ipynb #dd6610b5
+# %% ../../nbs/lowrank/plan.ipynb #32e2729f
 _BAR_FROM = 2e10  # multiply-adds of factorization, about two seconds on two cores
 
 def _progress(sites, verb):
@@ -126,11 +125,12 @@ def _check_finite(s):
     return not (lo.any() or hi.any())
 
 def _spectrum(s):
-    "Spectrum as a tuple of float32 numbers: short in JSON, equal after a round trip"
+    "Spectrum as a tuple of numbers with 8 digits: short in JSON, equal after a round trip. None where there is none"
     if s.module.weight.device.type == 'meta': return None
-    return tuple(spectrum(s.weight).to(torch.float32).tolist())
+    try: return tuple(float(f'{v:.8g}') for v in spectrum(s.weight).tolist())
+    except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
 
-# %% ../../nbs/lowrank/plan.ipynb #e0ebb6d5
+# %% ../../nbs/lowrank/plan.ipynb #c73861f5
 @torch.no_grad()
 def make_plan(
     model: nn.Module,                       # left unchanged
@@ -145,6 +145,7 @@ def make_plan(
 ) -> DecompositionPlan:
     "Decide about every fully-connected layer of `model`"
     policy,sites = mk_policy(policy),find_linears(model, types=types)
+    if layers is not None and not isinstance(layers, str): layers = tuple(layers)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f'round_to must be an int of at least 1, got {round_to!r}.')
     left_out = _left_out(model, sites, layers, exclude, policy)
@@ -152,24 +153,26 @@ def make_plan(
     zero = {s.name for s in todo if _check_finite(s)}
     want = spectra or policy.needs_spectra
     specs = {s.name: _spectrum(s) if want else None for s in (_progress(todo, 'spectra') if want else todo)}
-    ranks = policy.ranks([Layer(s.name, s.in_features, s.out_features, specs[s.name], s.names[1:]) for s in todo])
+    if policy.needs_spectra: left_out |= {s.name: 'no solver found its singular values' for s in todo
+                                          if specs[s.name] is None and s.weight.device.type != 'meta'}
+    ranks = policy.ranks([Layer(s.name, s.in_features, s.out_features, specs[s.name], s.names[1:]) for s in todo if s.name not in left_out])
     res = DecompositionPlan(tuple(_decide(s, left_out.get(s.name), ranks.get(s.name), specs.get(s.name), s.name in zero,
         skip_unprofitable, round_to) for s in sites), repr(policy), count_params(model))
-    _warn(res, sites)
+    _warn(res, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
-# %% ../../nbs/lowrank/plan.ipynb #80da4453
+# %% ../../nbs/lowrank/plan.ipynb #b8c737bc
 def _left_out(model, sites, layers, exclude, policy):
     "Layers the user left out: name -> reason. Names that match nothing raise"
     names = {s.name: s.names for s in sites}
-    known = [n for n,_ in model.named_modules(remove_duplicate=False)]
+    known = [n for n,_ in model.named_modules(remove_duplicate=False) if n]
     res = {}
     if layers is not None:
         chosen = select(names, layers, 'layers')
         res |= {n: 'not among layers=' for n in names if n not in chosen}
     if exclude is not None: res |= dict.fromkeys(select(names, exclude, 'exclude', known), 'excluded')
+    policy.check(names)
     if (keys := getattr(policy, 'policies', None)) is not None:
-        select(names, list(keys), 'PerLayer')
         for n,ns in names.items():
             p = policy.pattern(ns)
             if p is None or keys[p] is None: res.setdefault(n, 'not named in PerLayer' if p is None else 'dense by PerLayer')
@@ -181,7 +184,7 @@ def _decide(s: LinearSite, left_out, rank, spec, zero, skip_unprofitable, round_
         bias=getattr(s.module, 'bias', None) is not None, readable=s.reader is not None, can=s.reason is None)
     why = s.reason or left_out
     if why or rank is None: return replace(row, reason=why or 'dense by policy')
-    k = 1 if zero else round_rank(rank, round_to)
+    k = 1 if zero else round_rank(_valid(rank, row), round_to)
     if skip_unprofitable and k > row.break_even:
         return replace(row, reason=f'rank {k} would not be smaller; break-even is {row.break_even}')
     remark = ['zero weight'] if zero else []
@@ -189,19 +192,26 @@ def _decide(s: LinearSite, left_out, rank, spec, zero, skip_unprofitable, round_
     if s.reader: remark.append(f'offers .weight to {s.reader}')
     return replace(row, rank=k, reason='; '.join(remark))
 
-def _warn(plan, sites):
-    "Say what a user would not expect: nothing to do, or layers that grow"
+def _valid(rank, row):
+    "`rank` as an int, checked"
+    if isinstance(rank, Integral) and not isinstance(rank, bool) and 1 <= rank <= row.max_rank: return int(rank)
+    raise ValueError(f'rank of {row.name!r} must be between 1 and {row.max_rank}, got {rank!r}.')
+
+def _warn(plan, asked):
+    "Say what a user would not expect: layers that grow, nothing to do, or a layer named by the user that has to stay dense"
     grown = [o for o in plan.replaced if o.params_after > o.weight_params]
     if grown:
         some = ', '.join(o.name or '(the model)' for o in grown[:3]) + (', …' if len(grown) > 3 else '')
         extra = sum(o.params_after - o.weight_params for o in grown)
-        warnings.warn(f'{len(grown)} of {len(plan.replaced)} layers grew ({some}; {extra:,} parameters more): {plan.policy} is above '
-            'their break-even rank. Use skip_unprofitable=True to keep them dense, or a smaller rank.', stacklevel=4)
+        _warn_user(f'{len(grown)} of {len(plan.replaced)} layers grew ({some}; {extra:,} parameters more): {plan.policy} is above '
+            'their break-even rank. Use skip_unprofitable=True to keep them dense, or a smaller rank.')
     if not plan.replaced:
         why = '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in plan.skipped[:3]) or 'it has no fully-connected layer'
-        warnings.warn(f'nothing to decompose ({why}).', stacklevel=4)
+        _warn_user(f'nothing to decompose ({why}).')
+    elif (stuck := [o for o in plan.layers if not o.can and asked.intersection(o.names)]):
+        _warn_user('asked for by name, but left dense: ' + '; '.join(f'{o.name} ({o.reason})' for o in stuck) + '.')
 
-# %% ../../nbs/lowrank/plan.ipynb #193f0a00
+# %% ../../nbs/lowrank/plan.ipynb #ebf8e5bf
 @patch
 def _sites(self:DecompositionPlan, model):
     "name -> site for every layer to be replaced; raises where `model` is not what the plan was made for"
@@ -216,28 +226,18 @@ def _sites(self:DecompositionPlan, model):
             raise ValueError(f'plan expects {o.name!r} {"with" if o.bias else "without"} bias, the model has it {"with" if bias else "without"}. '
                              'Was the plan made for another model?')
         if s.reason: raise ValueError(f'{o.name!r} cannot be decomposed in this model: {s.reason}.')
-        _check_finite(s)
     return {o.name: sites[o.name] for o in self.replaced}
 
 def _subclasses(model):
     "Subclasses of nn.Linear in `model`: whether they may be replaced was decided when the plan was made"
     return {type(m) for m in model.modules() if isinstance(m, nn.Linear)}
 
-# %% ../../nbs/lowrank/plan.ipynb #2bae67fc
-def _finish(pair, layer):
-    "Carry training flag and hooks of `layer` over to `pair`"
-    for h in _HOOKS:
-        if getattr(layer, h, None): getattr(pair, h).update(getattr(layer, h))
-    for h in ('_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks_with_kwargs'):
-        if getattr(layer, h, None): getattr(pair, h).update(getattr(layer, h))
-    pair._is_full_backward_hook = layer._is_full_backward_hook
-    return pair.train(layer.training)
-
+# %% ../../nbs/lowrank/plan.ipynb #07f057bf
 def _bias(layer):
     b = layer.bias
     return None if b is None else nn.Parameter(b.detach().clone(), b.requires_grad)
 
-# %% ../../nbs/lowrank/plan.ipynb #666688aa
+# %% ../../nbs/lowrank/plan.ipynb #f1abc3e4
 @patch
 def apply(self:DecompositionPlan, 
     model: nn.Module,   # same architecture as the one planned for; left unchanged
@@ -246,6 +246,7 @@ def apply(self:DecompositionPlan,
     new = {}
     with torch.inference_mode(False), torch.no_grad():
         sites = self._sites(model)
+        for s in sites.values(): _check_finite(s)
         for s in _progress(list(sites.values()), 'factors'):
             pair = _mk(s, self[s.name])
             if pair is not None: new[s.module] = pair
@@ -256,16 +257,16 @@ def _mk(s, row):
     W,layer = s.weight,s.module
     if W.device.type == 'meta': return _empty(s, row)
     if W.is_inference(): W = W.clone()
-    try: A,B = factorize(W).pair(row.rank)
+    try: A,B = (t.to(W.device) for t in factorize(W).pair(row.rank))
     except torch.linalg.LinAlgError as e:
-        warnings.warn(f'{s.name!r} stays dense: no solver converged ({e}).', stacklevel=4)
+        _warn_user(f'{s.name or "the model"!r} stays dense: {e}.')
         return
-    return _finish(mk_pair(A, B, _bias(layer), readable=row.readable, requires_grad=layer.weight.requires_grad), layer)
+    return mk_pair(A, B, _bias(layer), readable=row.readable, requires_grad=layer.weight.requires_grad).train(layer.training)
 
 def _empty(s, row):
     w = s.module.weight
     A,B = w.new_zeros(row.rank, row.in_features),w.new_zeros(row.out_features, row.rank)
-    return _finish(mk_pair(A, B, _bias(s.module), readable=row.readable, requires_grad=w.requires_grad), s.module)
+    return mk_pair(A, B, _bias(s.module), readable=row.readable, requires_grad=w.requires_grad).train(s.module.training)
 
 # %% ../../nbs/lowrank/plan.ipynb #cd578018
 @patch
@@ -276,7 +277,7 @@ def skeleton(self:DecompositionPlan,
     with torch.inference_mode(False), torch.no_grad():
         return copy_with(model, {s.module: _empty(s, self[n]) for n,s in self._sites(model).items()})
 
-# %% ../../nbs/lowrank/plan.ipynb #a230d757
+# %% ../../nbs/lowrank/plan.ipynb #ed238d57
 @patch
 def edit(self:DecompositionPlan, 
     layers: str|Iterable[str],                # names, containers or wildcards
@@ -287,10 +288,16 @@ def edit(self:DecompositionPlan,
     rows = {o.name: o for o in self.layers if o.name in chosen}
     if policy is not None and (stuck := [o for o in rows.values() if not o.can]) and len(stuck) == len(rows):
         raise ValueError(f'{stuck[0].name!r} cannot be decomposed: {stuck[0].reason}.')
-    ranks = mk_policy(policy).ranks([o for o in rows.values() if o.can]) if policy is not None else {}
-    if isinstance(policy, int) and (short := [o for o in rows.values() if o.can and policy > o.max_rank]):
+    ranks = {}
+    if policy is not None:
+        mk_policy(policy).check({o.name: o.names for o in rows.values()})
+        ranks = mk_policy(policy).ranks([o for o in rows.values() if o.can])
+    if isinstance(policy, Integral) and (short := [o for o in rows.values() if o.can and policy > o.max_rank]):
         raise ValueError(f'rank of {short[0].name!r} must be between 1 and {short[0].max_rank}, got {policy}.')
-    def f(o): return o if o.name not in rows or not o.can else replace(o, rank=ranks.get(o.name), reason='' if ranks.get(o.name) else 'dense by edit')
+    def f(o):
+        if o.name not in rows or not o.can: return o
+        if (k := ranks.get(o.name)) is None: return replace(o, rank=None, reason='dense by edit')
+        return replace(o, rank=_valid(k, o), reason='' if o.rank is None else o.reason)
     return replace(self, layers=tuple(map(f, self.layers)), policy=self.policy if '(edited)' in self.policy else self.policy+' (edited)')
 
 # %% ../../nbs/lowrank/plan.ipynb #19787b6a
@@ -320,7 +327,7 @@ def _umask():
     os.umask(m)
     return m
 
-# %% ../../nbs/lowrank/plan.ipynb #777c712f
+# %% ../../nbs/lowrank/plan.ipynb #5a2d602e
 @patch
 def save(self:DecompositionPlan, 
     path: str|os.PathLike,   # file to write
@@ -328,16 +335,13 @@ def save(self:DecompositionPlan,
     overwrite: bool = False, # replace an existing file?
 ) -> Path:
     "Write the plan as JSON"
-    rows = [{**asdict(o), 'spectrum': None if o.spectrum is None else [float(str(np.float32(v))) for v in o.spectrum]} for o in self.layers]
-    return write_atomic(path, json.dumps(dict(type=_TYPE, version=_VERSION, policy=self.policy, params=self.params, layers=rows),
-        ensure_ascii=False, indent=1), overwrite=overwrite)
+    return write_atomic(path, json.dumps(dict(type=_TYPE, version=_VERSION, policy=self.policy, params=self.params,
+        layers=[asdict(o) for o in self.layers]), ensure_ascii=False, indent=1), overwrite=overwrite)
 
-def _row(d, path):
+def _row(d):
     "One layer from JSON, checked"
-    d = {**d, 'aliases': tuple(d['aliases']), 'spectrum': None if d['spectrum'] is None else tuple(np.float32(d['spectrum']).tolist())}
-    o = LayerPlan(**d)
-    if o.rank is not None and not (isinstance(o.rank, int) and 1 <= o.rank <= o.max_rank):
-        raise ValueError(f'{path}: rank of {o.name!r} must be between 1 and {o.max_rank}, got {o.rank}.')
+    o = LayerPlan(**{**d, 'aliases': tuple(d['aliases']), 'spectrum': None if d['spectrum'] is None else tuple(map(float, d['spectrum']))})
+    if o.rank is not None: _valid(o.rank, o)
     return o
 
 @patch(cls_method=True)
@@ -349,8 +353,8 @@ def load(cls:DecompositionPlan,
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not a plan: not valid JSON ({e}).') from None
     if not isinstance(d, dict) or d.get('type') != _TYPE: raise ValueError(f'{path} is not a plan: its type is not {_TYPE!r}.')
     if d.get('version') != _VERSION: raise ValueError(f'{path} has plan version {d.get("version")!r}, this fasterai reads {_VERSION}.')
-    try: return cls(tuple(_row(o, path) for o in d['layers']), d['policy'], d['params'])
-    except (KeyError, TypeError) as e: raise ValueError(f'{path} is a damaged plan: {e}.') from None
+    try: return cls(tuple(map(_row, d['layers'])), d['policy'], d['params'])
+    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} is a damaged plan: {e}.') from None
 
 # %% ../../nbs/lowrank/plan.ipynb #dac1cf12
 @patch
@@ -371,7 +375,14 @@ def plot(self:DecompositionPlan,
     if rows: ax.legend(fontsize='small')
     return ax
 
-# %% ../../nbs/lowrank/plan.ipynb #7890be4d
+# %% ../../nbs/lowrank/plan.ipynb #dedf999c
+def _merge(
+    A, # (k, n)
+    B, # (m, k)
+):     # (m, n)
+    "`B @ A`, summed in float64 and rounded once, a slice of columns at a time"
+    return torch.cat([(_double(B) @ _double(c)).to(B) for c in A.split(max(1, 2**22//len(B)), 1)], 1)
+
 def to_dense(
     model: nn.Module,   # left unchanged
 ) -> nn.Module:
@@ -381,9 +392,9 @@ def to_dense(
         for m in model.modules():
             if not is_pair(m): continue
             a,b = m[0].weight,m[1].weight
-            W = b @ a if b.dtype in (torch.float32, torch.float64) else (b.float() @ a.float()).to(b.dtype)
+            W = _merge(a, b)
             lin = nn.Linear(a.shape[1], b.shape[0], bias=m[1].bias is not None, device='meta')
             lin.weight = nn.Parameter(W, a.requires_grad or b.requires_grad)
             if lin.bias is not None: lin.bias = _bias(m[1])
-            new[m] = _finish(lin, m)
+            new[m] = lin.train(m.training)
         return copy_with(model, new)

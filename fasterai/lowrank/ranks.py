@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Layer', 'Policy', 'LayerPolicy', 'RankRatio', 'Energy', 'FixedRank', 'PerLayer', 'mk_policy', 'round_rank']
 
-# %% ../../nbs/lowrank/ranks.ipynb #b98c4089
+# %% ../../nbs/lowrank/ranks.ipynb #0ad6ca9b
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 import torch
-from ..core.modules import match_name
+from ..core.modules import match_name, select
 from .factorize import break_even
 
 # %% ../../nbs/lowrank/ranks.ipynb #990c0848
@@ -35,13 +35,15 @@ class Layer:
     @property
     def weight_params(self) -> int: return self.in_features*self.out_features
 
-# %% ../../nbs/lowrank/ranks.ipynb #4050db7c
+# %% ../../nbs/lowrank/ranks.ipynb #e052aca8
 class Policy(ABC):
     "Base of all policies"
     needs_spectra = True                    # False: the ranks follow from shapes alone
     @abstractmethod
     def ranks(self, layers: Sequence[Layer]) -> dict[str,int|None]:
         "Rank for each layer name, None to leave the layer dense"
+    def check(self, names: Mapping[str,tuple[str,...]]):
+        "Raise where the policy speaks of a layer that is not among `names` (first name -> all names)"
 
 class LayerPolicy(Policy):
     "Base of policies that look at one layer at a time"
@@ -62,17 +64,17 @@ class RankRatio(LayerPolicy):
     def __post_init__(self): _check_share(self.ratio, 'rank_ratio', 'To keep half of the singular values pass 0.5.')
     def rank(self, layer): return max(1, math.floor(round(self.ratio*layer.max_rank, 6)))  # 0.29*100 is 28.999… in floats
 
-# %% ../../nbs/lowrank/ranks.ipynb #548fdb1f
+# %% ../../nbs/lowrank/ranks.ipynb #f9091631
 @dataclass(frozen=True)
 class Energy(LayerPolicy):
-    r"The smallest rank that keeps `keep` of $\sum_i σ_i^2$; 1.0 keeps the numerical rank"
+    r"The smallest rank that keeps `keep` of $\sum_i σ_i^2$; 1.0 keeps all of it but the rounding noise (1e-9)"
     keep: float = 0.99     # in (0, 1]
     def __post_init__(self): _check_share(self.keep, 'keep', 'To keep 99 % of the energy pass 0.99.')
     def rank(self, layer):
         if layer.spectrum is None: raise ValueError(f'Energy needs the singular values of {layer.name!r}; its weight holds no data (meta device).')
         s = torch.as_tensor(layer.spectrum, dtype=torch.float64)
-        e = s.where(s > s.max()*len(s)*torch.finfo(torch.float32).eps, 0.)**2
-        kept = e.cumsum(0) >= self.keep*e.sum()*(1 - 1e-9)        # the slack absorbs the rounding of the sums
+        e = (s/s.max().clamp(min=torch.finfo(s.dtype).tiny)).square()   # scaled, so that no square overflows
+        kept = e.cumsum(0) >= self.keep*e.sum()*(1 - 1e-9)              # the slack is what singular values in float32 are unsure of
         return int(kept.nonzero()[0]) + 1
 
 # %% ../../nbs/lowrank/ranks.ipynb #e536a2e9
@@ -86,7 +88,7 @@ class FixedRank(LayerPolicy):
         if self.k < 1: raise ValueError(f'rank must be at least 1, got {self.k}. To leave a layer dense use exclude= or None.')
     def rank(self, layer): return min(int(self.k), layer.max_rank)
 
-# %% ../../nbs/lowrank/ranks.ipynb #5e37933a
+# %% ../../nbs/lowrank/ranks.ipynb #d5b54917
 @dataclass(frozen=True)
 class PerLayer(Policy):
     "A policy for each layer by name; an exact name wins over a pattern, a pattern over the ones after it, the rest stays dense"
@@ -103,6 +105,12 @@ class PerLayer(Policy):
         "The key that decides about a layer known by `names`"
         exact = [n for n in names if n in self.policies]
         return exact[0] if exact else next((p for p in self.policies if any(match_name(n, p) for n in names)), None)
+
+    def check(self, names):
+        select(names, list(self.policies), 'PerLayer')
+        for p,pol in self.policies.items():
+            below = {n: ns for n,ns in names.items() if self.pattern(ns) == p}
+            if pol is not None and below: pol.check(below)
 
     def ranks(self, layers):
         groups = {}

@@ -11,7 +11,9 @@ from torch import nn
 from ..lowrank.plan import DecompositionPlan, make_plan
 from ..lowrank.ranks import Policy, RankRatio, mk_policy
 
-# %% ../../nbs/misc/fc_decomposer.ipynb #8d6a1627
+# %% ../../nbs/misc/fc_decomposer.ipynb #8554093f
+def _names(x): return x if x is None or isinstance(x, str) else tuple(x)  # a generator would serve one call only
+
 class FC_Decomposer:
     "Decompose the fully-connected layers of a model by truncated SVD"
     def __init__(self, 
@@ -27,7 +29,7 @@ class FC_Decomposer:
         ratio = RankRatio(rank_ratio)
         if policy is not None and rank_ratio != 0.5: raise ValueError(f'pass rank_ratio={rank_ratio} or policy={policy!r}, not both.')
         self.policy = ratio if policy is None else mk_policy(policy)
-        self.layers,self.exclude,self.types = layers,exclude,tuple(types)
+        self.layers,self.exclude,self.types = _names(layers),_names(exclude),tuple(types)
         self.skip_unprofitable,self.round_to = skip_unprofitable,round_to
 
     def _kw(self): return dict(layers=self.layers, exclude=self.exclude, skip_unprofitable=self.skip_unprofitable,
@@ -46,5 +48,6 @@ class FC_Decomposer:
         return make_plan(model, self.policy, spectra=False, **self._kw()).apply(model)
 
     def __repr__(self):
-        opts = ''.join(f', {k}={v!r}' for k,v in self._kw().items() if v not in (None, False, 1, ()))
+        usual = dict(layers=None, exclude=None, skip_unprofitable=False, round_to=1, types=())
+        opts = ''.join(f', {k}={v!r}' for k,v in self._kw().items() if v != usual[k])
         return f'FC_Decomposer({self.policy!r}{opts})'
