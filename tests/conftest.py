@@ -1,6 +1,9 @@
 "Settings that all tests share"
-import os, torch
+import os
 
-# LAPACK's threads wait for each other by spinning; where cores are shared, two are many times slower than one
+# The threads of LAPACK wait for each other by spinning; where cores are shared, two are many times slower than one.
+# Set before the first import, and inherited by the processes that tests start.
+os.environ |= dict.fromkeys(['OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'], '1')
+import torch
+
 torch.set_num_threads(1)
-os.environ |= dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')   # for processes that tests start

@@ -1,6 +1,7 @@
 "Every notebook runs from top to bottom"
+import os
 from pathlib import Path
-import matplotlib, pytest
+import matplotlib, pytest, torch
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb as run_nb
@@ -8,6 +9,14 @@ from nbdev.test import test_nb as run_nb
 root = Path(__file__).parent.parent
 skip = get_config(root).tst_flags
 matplotlib.use('agg')
+
+@pytest.fixture(autouse=True)
+def all_cores():
+    "Notebooks train networks: there threads pay"
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
 
 @pytest.mark.parametrize('nb', sorted(nbglob(root/'nbs', as_path=True)), ids=lambda p: str(p.relative_to(root/'nbs')))
 def test_notebook(nb):

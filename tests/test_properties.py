@@ -1,5 +1,5 @@
 "What must hold for every shape, ratio and dtype, on examples that hypothesis chooses"
-import json, math, string, tempfile, warnings
+import json, math, tempfile, warnings
 from fractions import Fraction
 from pathlib import Path
 import pytest, torch
@@ -15,7 +15,8 @@ seeds  = st.integers(0, 2**31)
 ratios = st.integers(1, 1000).map(lambda i: i/1000)
 floats = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 kinds  = st.sampled_from(['random', 'decaying', 'low rank', 'one', 'integer'])
-EPS    = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 4e-7, torch.float64: 1e-14}  # two factors, each rounded once
+# two factors, each rounded once
+EPS    = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 4e-7, torch.float64: 1e-14}
 
 def weight(m, n, seed, kind='random', dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
@@ -65,7 +66,8 @@ def test_parameter_counts_are_exact(m, n, bias, ratio, multiple, skip):
     small = plan.apply(net)
     assert plan.params == sum(p.numel() for p in net.parameters())
     assert plan.params_after == sum(p.numel() for p in small.parameters())
-    for o,i in zip(plan.layers, (0, 2)): assert o.params_after == sum(p.numel() for n_,p in small[i].named_parameters() if 'bias' not in n_)
+    for o,i in zip(plan.layers, (0, 2)):
+        assert o.params_after == sum(p.numel() for n_,p in small[i].named_parameters() if 'bias' not in n_)
     if skip: assert plan.params_after <= plan.params and all(o.params_after < o.weight_params for o in plan.replaced)
 
 @given(sizes, sizes, seeds, kinds)
@@ -79,7 +81,8 @@ def test_error_falls_with_the_rank(m, n, seed, kind):
     assert all(y <= x + slack for x,y in zip(measured, measured[1:])) and measured[-1] <= slack
     s = spectrum(lin.weight)
     predicted = [trunc_error(s, k) for k in range(len(s)+1)]
-    assert predicted == sorted(predicted, reverse=True) and predicted[-1] == 0 and (predicted[0] == pytest.approx(1) or not W.any())
+    assert predicted == sorted(predicted, reverse=True) and predicted[-1] == 0
+    assert (predicted[0] == pytest.approx(1) or not W.any())
 
 @given(sizes, sizes, seeds, kinds, st.sampled_from(['gram', 'svd']))
 def test_spectrum_is_the_one_of_the_reference(m, n, seed, kind, solver):
@@ -130,7 +133,8 @@ def test_energy_is_the_smallest_rank_that_keeps_it(values, percent):
 def test_energy_does_not_depend_on_scale(r, tail, scale):
     s = [2.**-i for i in range(r)] + [0.]*tail
     want = [Energy(e).rank(layer(99, r+tail, s)) for e in (.5, .9, .999, 1.)]
-    assert [Energy(e).rank(layer(99, r+tail, [v*scale for v in s])) for e in (.5, .9, .999, 1.)] == want and want[-1] == r
+    assert [Energy(e).rank(layer(99, r+tail, [v*scale for v in s])) for e in (.5, .9, .999, 1.)] == want
+    assert want[-1] == r
     assert trunc_error([v*scale for v in s], 1) == pytest.approx(trunc_error(s, 1), rel=1e-12)
 
 @given(st.integers(10, 5000), st.floats(.9, .9999))
@@ -193,18 +197,21 @@ def test_per_layer_exact_name_wins_then_order(names, data):
 
 # ------------------------------------------------------------------ JSON
 
-rows = st.builds(lambda name,m,n,s,k,reason,kind,bias,readable,can,al: LayerPlan(name, n, m, s and tuple(sorted(s, reverse=True)), al,
-        k and min(k, m, n), reason, kind, bias, readable, can),
-    st.text(max_size=5), sizes, sizes, st.none() | st.lists(st.floats(0, 1e300), min_size=1, max_size=5), st.none() | sizes, st.text(max_size=9),
-    st.text(string.ascii_letters, max_size=5), st.booleans(), st.booleans(), st.booleans(), st.lists(st.text(max_size=3), max_size=2).map(tuple))
+@st.composite
+def rows(draw):
+    m,n,names = draw(sizes),draw(sizes),st.text(max_size=5)
+    spectrum = draw(st.none() | st.lists(st.floats(0, 1e300), min_size=1, max_size=5).map(lambda s: tuple(sorted(s, reverse=True))))
+    return LayerPlan(draw(names), n, m, spectrum, tuple(draw(st.lists(names, max_size=2))),
+        draw(st.none() | st.integers(1, min(m, n))), draw(names), draw(names), *(draw(st.booleans()) for _ in range(3)))
 
-@given(st.lists(rows, max_size=4), st.text(max_size=9), st.integers(0, 10**12))
+@given(st.lists(rows(), max_size=4), st.text(max_size=9), st.integers(0, 10**12))
 def test_any_plan_survives_json(layers, policy, params):
     plan = DecompositionPlan(tuple(layers), policy, params)
     with tempfile.TemporaryDirectory() as d:
         path = plan.save(Path(d)/'plan.json')
         again = DecompositionPlan.load(path)
-        assert again == plan and type(again.layers) is tuple and json.loads(path.read_text(encoding='utf-8'))['params'] == params
+        assert again == plan and type(again.layers) is tuple
+        assert json.loads(path.read_text(encoding='utf-8'))['params'] == params
 
 @given(sizes, sizes, seeds, floats, st.integers(-20, 20))
 @settings(max_examples=25)

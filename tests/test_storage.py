@@ -4,6 +4,8 @@ import pytest, safetensors.torch, torch
 from torch import nn
 from fasterai.misc.all import *
 
+pytestmark = pytest.mark.filterwarnings('ignore:.*layers grew:UserWarning', 'ignore:load_learner', 'ignore:The given NumPy')
+
 def nbytes(m): return sum(t.numel()*t.element_size() for t in [*m.parameters(), *m.buffers()])
 
 def saved_size(o):
@@ -33,7 +35,6 @@ def x(): return torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
 SHAPES = [(1024, 1024, .5), (1024, 1024, .25), (1024, 1024, .1), (1024, 1024, .05), (1024, 4096, .1), (4096, 1024, .1), (512, 1000, .1),
           (512, 1000, .5), (64, 64, .5), (512, 2, .5), (2, 512, .5)]
 
-@pytest.mark.filterwarnings('ignore:1 of 1 layers grew')
 @pytest.mark.parametrize('n,m,ratio', SHAPES)
 def test_checkpoint_is_as_small_as_the_parameters(n, m, ratio, tmp_path):
     dense = nn.Linear(n, m)
@@ -112,7 +113,8 @@ def test_compile_without_graph_breaks(small, x):
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
 def test_compile_with_inductor(small, x):
     torch._dynamo.reset()
-    with torch.no_grad(): torch.testing.assert_close(torch.compile(small, fullgraph=True)(x), small(x), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(small, fullgraph=True)(x), small(x), rtol=1e-5, atol=1e-6)
 
 @pytest.mark.filterwarnings('ignore:`torch.jit')
 def test_trace_and_script(small, x):
@@ -179,4 +181,5 @@ def test_learner_round_trip(learner, tmp_path):
     learner.model = FC_Decomposer(.25).decompose(learner.model)
     learner.export(tmp_path/'l.pkl')
     again = load_learner(tmp_path/'l.pkl')
-    assert str(again.model) == str(learner.model) and all(map(torch.equal, learner.model.parameters(), again.model.parameters()))
+    assert str(again.model) == str(learner.model)
+    assert all(map(torch.equal, learner.model.parameters(), again.model.parameters()))

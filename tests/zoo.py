@@ -228,7 +228,14 @@ class ReadsByNumber(Reads):
     def read(self, x):
         for i in range(2): x = x @ getattr(self, 'ab'[i]).weight
         return x
+class WritesWeight(Reads):
+    def read(self, x):
+        self.a.weight.data.renorm_(2, 0, 1.)
+        for o in self.fcs: o.weight.data = o.weight.data.clamp(-0.3, 0.3)
+        return x
 
+add('code-WritesWeight', lambda: (WritesWeight(), (torch.randn(2, 8),)), 1,
+    skipped=dict.fromkeys(['a', 'fcs.0', 'fcs.1', 'fcs.2'], 'WritesWeight.read writes to its weight'))
 for f,reads in ((ReadsNothing, ''), (ReadsSlice, 'fcs.*'), (ReadsTuple, 'a b'), (ReadsUnpacked, 'fcs.*'), (ReadsByName, 'a'),
                 (ReadsByNumber, 'a b')): add(f'code-{f.__name__}', lambda f=f: (f(), (torch.randn(2, 8),)), 5, reads=reads)
 

@@ -73,10 +73,10 @@ def _plain_fn(o) -> types.FunctionType|None:
     o = inspect.unwrap(getattr(o, '__func__', o))
     return o if isinstance(o, types.FunctionType) else None
 
-# %% ../../nbs/core/modules.ipynb #47ce8ea8
+# %% ../../nbs/core/modules.ipynb #5304508e
 class _Reader:
     "Symbolic walk over `forward` functions: which modules does an expression stand for, and is one of them looked into?"
-    def __init__(self): self.found,self.seen = {},set()
+    def __init__(self): self.found,self.written,self.seen = {},{},set()  # id of a layer -> function; functions walked
 
     def run(self, mod: nn.Module, name: str = 'forward'):
         "Walk every definition of method `name` along the classes of `mod`"
@@ -176,7 +176,7 @@ class _FnWalk(ast.NodeVisitor):
                 res.append([c for c in o if isinstance(c, nn.Module)])
         return res
 
-# %% ../../nbs/core/modules.ipynb #e8df6e22
+# %% ../../nbs/core/modules.ipynb #1564329c
 @patch
 def _linears(self:_FnWalk, e) -> list:
     "The layers that `e` may stand for, nothing for containers"
@@ -185,6 +185,23 @@ def _linears(self:_FnWalk, e) -> list:
 @patch
 def _mark(self:_FnWalk, e):
     for m in self._linears(e): self.reader.mark(m, self.fn.__qualname__)
+
+@patch
+def _write(self:_FnWalk, e):
+    "`fc.weight`, `fc.weight.data`, `fc.weight[0]` as the target of an assignment or of a method like `mul_`"
+    while isinstance(e, ast.Subscript) or isinstance(e, ast.Attribute) and e.attr == 'data': e = e.value
+    if isinstance(e, ast.Attribute) and e.attr == 'weight':
+        for m in self._linears(e.value): self.reader.written.setdefault(id(m), self.fn.__qualname__)
+
+@patch
+def visit_Assign(self:_FnWalk, o):
+    for t in o.targets: self._write(t)
+    self.generic_visit(o)
+
+@patch
+def visit_AugAssign(self:_FnWalk, o):
+    self._write(o.target)
+    self.generic_visit(o)
 
 @patch
 def visit_Attribute(self:_FnWalk, o):
@@ -198,6 +215,7 @@ def visit_Attribute(self:_FnWalk, o):
 def visit_Call(self:_FnWalk, o):
     f = o.func
     name = f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ''
+    if name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(f, ast.Attribute): self._write(f.value)
     if name in ('getattr', 'hasattr') and len(o.args) > 1 and getattr(o.args[1], 'value', None) in LINEAR_ATTRS: self._mark(o.args[0])
     owners = [m for m in self.mods(f.value) if isinstance(m, nn.Module)] if isinstance(f, ast.Attribute) else []
     callees = [(m, getattr(type(m), name)) for m in owners if name != '__call__' and _plain_fn(getattr(type(m), name, None))
@@ -220,15 +238,18 @@ def visit_Call(self:_FnWalk, o):
 def visit_Return(self:_FnWalk, o):
     if o.value is not None: self._mark(o.value); self.visit(o.value)
 
-# %% ../../nbs/core/modules.ipynb #92a81fa8
+# %% ../../nbs/core/modules.ipynb #20108991
 def weight_readers(
     model: nn.Module, # any model
 ) -> dict[int,str]:   # id of a layer -> the function that looks into it
     "Layers whose `weight`, `bias`, `in_features` or `out_features` the forward pass reads, instead of just calling them"
+    return _walk(model).found
+
+def _walk(model):
     r = _Reader()
     for m in model.modules():
         if len(m._modules) and type(m).__module__ != 'torch.nn.modules.container': r.run(m)
-    return r.found
+    return r
 
 # %% ../../nbs/core/modules.ipynb #ac423d9d
 def _is_conv1d(m) -> bool:
@@ -349,7 +370,7 @@ def _inside(model):
             if c is not m: res.setdefault(id(c), why)
     return res
 
-# %% ../../nbs/core/modules.ipynb #646805fe
+# %% ../../nbs/core/modules.ipynb #b06cce7b
 def find_linears(
     model: nn.Module,              # any model
     *,
@@ -359,7 +380,7 @@ def find_linears(
     if not isinstance(model, nn.Module):
         hint = '; pass learn.model' if isinstance(getattr(model, 'model', None), nn.Module) else ''
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}{hint}.')
-    types,inside,owners,readers = tuple(types),_inside(model),_owners(model),weight_readers(model)
+    types,inside,owners,r = tuple(types),_inside(model),_owners(model),_walk(model)
     names = defaultdict(list)
     for n,m in model.named_modules(remove_duplicate=False): names[id(m)].append(n)
     res = []
@@ -368,8 +389,9 @@ def find_linears(
         if not _looks_linear(m) or isinstance(m, nn.Bilinear): continue
         adapter = 'a LoRA adapter; merge the adapters first' if any(p.startswith('lora_') for p in n.split('.')) else None
         why = inside.get(id(m)) or adapter or _type_reason(m, types) or _content_reason(m) or _tie_reason(m, owners)
+        if not why and id(m) in r.written: why = f'{r.written[id(m)]} writes to its weight'  # lost on the product of two factors
         nm = m.weight.shape if _is_conv1d(m) else (m.in_features, m.out_features) if why else m.weight.shape[::-1]
-        res.append(LinearSite(tuple(names[id(m)]), m, *nm, why, readers.get(id(m)) or _hooked(m)))
+        res.append(LinearSite(tuple(names[id(m)]), m, *nm, why, r.found.get(id(m)) or _hooked(m)))
     return res
 
 def _hooked(m): return 'its own hooks' if any(getattr(m, h, None) for h in _HOOKS) else None

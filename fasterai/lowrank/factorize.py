@@ -48,7 +48,7 @@ def gram(
     for c in _slices(W): G.addmm_(c, c.T)
     return G
 
-# %% ../../nbs/lowrank/factorize.ipynb #8021ab74
+# %% ../../nbs/lowrank/factorize.ipynb #431ec41f
 def _warn_user(msg):
     "Warn at the first line outside of this package (and of torch, whose decorators lie in between)"
     depth,f = 2,sys._getframe(1)
@@ -61,7 +61,7 @@ def _solve(W, solver, fns: dict[str,Callable], what):
         try:
             if (res := fns[name](W)) is not None: return res
         except torch.linalg.LinAlgError: pass
-        _warn_user(f"{what} of a {tuple(W.shape)} weight by solver='{name}' failed or did not pass the check; trying the next solver.")
+        _warn_user(f"{what} of a {tuple(W.shape)} weight by solver='{name}' failed or did not pass the check.")
     raise torch.linalg.LinAlgError(f'no solver found the {what} of a {tuple(W.shape)} weight')
 
 # %% ../../nbs/lowrank/factorize.ipynb #3e40ffaa
@@ -91,7 +91,7 @@ def trunc_error(
     s = torch.as_tensor(s, dtype=torch.float64)
     return 0. if not s.any() else ((s[k:]/s.max()).norm() / (s/s.max()).norm()).item()  # scaled, so that no square overflows
 
-# %% ../../nbs/lowrank/factorize.ipynb #ec14c58c
+# %% ../../nbs/lowrank/factorize.ipynb #4abd4b61
 @dataclass(frozen=True)
 class Basis:
     "Singular vectors of a weight on its smaller side; `pair(k)` turns them into two factors"
@@ -103,31 +103,47 @@ class Basis:
     @torch.no_grad()
     def pair(self, 
         k: int,                                 # rank, between 1 and min(m, n)
+        *,
+        out: tuple[torch.Tensor,torch.Tensor]|None = None, # A and B to write into, in the dtype of the weight
     ) -> tuple[torch.Tensor,torch.Tensor]:      # A (k, n) and B (m, k), in the dtype of the weight, contiguous
         "The best two factors of rank `k`, balanced, with signs fixed"
         (m,n),dtype = self.W.shape,torch.promote_types(self.W.dtype, torch.float32)
         Q = self.Q[:,:k]
-        Q = Q * Q.gather(0, Q.abs().argmax(0, keepdim=True)).sign()
-        P = torch.cat([(Q.T @ c).to(dtype) for c in _slices(self.W)], 1)  # (k, max(m, n))
-        Q = Q.to(dtype)
-        A,B = balance(P, Q) if m <= n else balance(Q.T, P.T)
-        return _own(A, self.W.dtype), _own(B, self.W.dtype)
+        sign = Q.gather(0, Q.abs().argmax(0, keepdim=True))[0].sign().to(dtype)
+        A,B = out if out and (out[0].dtype, out[0].device) == (dtype, Q.device) else (
+            Q.new_empty(k, n, dtype=dtype), Q.new_empty(m, k, dtype=dtype))
+        long,short = (A, B) if m <= n else (B.T, A.T)       # views (k, max(m, n)) and (min(m, n), k), filled in place
+        short.copy_(Q)
+        start = 0
+        for c in _slices(self.W):
+            long[:,start:start+c.shape[1]] = Q.T @ c
+            start += c.shape[1]
+        c = _balancing(A, B)*sign                           # a sign goes to both sides
+        A,B = A.mul_(c[:,None]),B.div_(c)
+        if out is None: return _own(A, self.W.dtype), _own(B, self.W.dtype)
+        for o,t in zip(out, (A, B)):
+            if o is not t: o.copy_(t)
+        return out
 
 def _own(t, dtype):
     "`t` in `dtype`, contiguous, in storage of exactly its size"
     t = t.to(dtype).contiguous()
     return t if t.untyped_storage().nbytes() == t.numel()*t.element_size() else t.clone()
 
-# %% ../../nbs/lowrank/factorize.ipynb #07b96524
+# %% ../../nbs/lowrank/factorize.ipynb #bd74fa58
 def balance(
     A: torch.Tensor, # (k, n)
     B: torch.Tensor, # (m, k)
 ) -> tuple[torch.Tensor,torch.Tensor]:
     "Scale row i of `A` and column i of `B` to the same norm, `B @ A` unchanged; a zero row or column stays as it is"
+    c = _balancing(A, B)
+    return A*c[:,None], B/c
+
+def _balancing(A, B):
+    "What to multiply the rows of `A` with, and divide the columns of `B` by"
     a,b = A.norm(dim=1),B.norm(dim=0)
     c = torch.where((a > 0) & (b > 0), (b/a).sqrt(), 1.)
-    c = torch.where(c.isfinite() & (c > 0), c, 1.)
-    return A*c[:,None], B/c
+    return torch.where(c.isfinite() & (c > 0), c, 1.)
 
 # %% ../../nbs/lowrank/factorize.ipynb #ff4aadbe
 def residual(
@@ -144,7 +160,7 @@ def residual(
     fit = (Q @ (S.square()*y) - gx).norm() / (S.square().sum()*x.norm())
     return torch.stack([orth, fit]).max().item()  # NaN if either is
 
-# %% ../../nbs/lowrank/factorize.ipynb #64bd611b
+# %% ../../nbs/lowrank/factorize.ipynb #607467bc
 def _gram_basis(W):
     L,Q = torch.linalg.eigh(gram(W))
     return _check_basis(Basis(W, Q.flip(1), L.flip(0).clamp(min=0).sqrt().cpu(), 'gram'))
@@ -167,7 +183,7 @@ def factorize(
     W = W.detach()
     if W.ndim != 2: raise ValueError(f'W must be a matrix (m, n), got shape {tuple(W.shape)}.')
     if not all(w.isfinite() for w in W.aminmax()): raise ValueError('W has NaN or Inf.')
-    if not W.any():
+    if not any(w.any() for w in W.aminmax()):   # W.any() would make a mask
         r = min(W.shape)
         return Basis(W, torch.eye(r, out=_double(W.new_empty(r, r))), torch.zeros(r, dtype=torch.float64), 'zero')
     return _solve(W, solver, dict(gram=_gram_basis, svd=_svd_basis), 'singular vectors')

@@ -102,12 +102,12 @@ def __repr__(self:DecompositionPlan):
 def _repr_html_(self:DecompositionPlan):
     return f'<p>{self.title}</p>' + (self.to_frame().to_html(**_fmt, border=0) if self.layers else '')
 
-# %% ../../nbs/lowrank/plan.ipynb #32e2729f
+# %% ../../nbs/lowrank/plan.ipynb #ac2c99bf
 _BAR_FROM = 2e10  # multiply-adds of factorization, about two seconds on two cores
 
 def _progress(sites, verb):
     "Iterate over `sites` behind a progress bar when that will take a while"
-    def cost(s): return min(s.in_features, s.out_features)*s.in_features*s.out_features
+    def cost(s): return 0 if s.module.weight.is_meta else min(s.in_features, s.out_features)*s.in_features*s.out_features
     if sum(map(cost, sites)) < _BAR_FROM: yield from sites; return
     bar = progress_bar(sites, leave=False)
     bar.comment = verb
@@ -237,7 +237,7 @@ def _bias(layer):
     b = layer.bias
     return None if b is None else nn.Parameter(b.detach().clone(), b.requires_grad)
 
-# %% ../../nbs/lowrank/plan.ipynb #f1abc3e4
+# %% ../../nbs/lowrank/plan.ipynb #9d124b30
 @patch
 def apply(self:DecompositionPlan, 
     model: nn.Module,   # same architecture as the one planned for; left unchanged
@@ -257,11 +257,12 @@ def _mk(s, row):
     W,layer = s.weight,s.module
     if W.device.type == 'meta': return _empty(s, row)
     if W.is_inference(): W = W.clone()
-    try: A,B = (t.to(W.device) for t in factorize(W).pair(row.rank))
+    pair = _empty(s, row)   # what stays is allocated before the work space, so that freeing that leaves no holes
+    try: factorize(W).pair(row.rank, out=(pair[0].weight.data, pair[1].weight.data))
     except torch.linalg.LinAlgError as e:
         _warn_user(f'{s.name or "the model"!r} stays dense: {e}.')
         return
-    return mk_pair(A, B, _bias(layer), readable=row.readable, requires_grad=layer.weight.requires_grad).train(layer.training)
+    return pair
 
 def _empty(s, row):
     w = s.module.weight
