@@ -102,7 +102,7 @@ class _Reader:
 
     def mark(self, m: nn.Module, where: str): self.found.setdefault(id(m), where)
 
-# %% ../../nbs/core/modules.ipynb #a672c226
+# %% ../../nbs/core/modules.ipynb #e6c01631
 def _is_getattr(e) -> bool:
     return isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == 'getattr' and len(e.args) > 1
 
@@ -132,51 +132,58 @@ class _FnWalk(ast.NodeVisitor):
             old = self.strs.get(t.id, set())
             self.strs[t.id] = None if texts is None or old is None else old | texts
 
-    def mods(self, e) -> list:
-        "Modules (or lists of modules) that expression `e` may stand for"
-        if isinstance(e, ast.Name): return self.env.get(e.id, [])
-        if isinstance(e, ast.Attribute): return self._attr(e.value, e.attr)
-        if isinstance(e, ast.Subscript): return [self._items(e.value)] if isinstance(e.slice, ast.Slice) else self._items(e.value)
-        if isinstance(e, (ast.List, ast.Tuple)): return [[m for v in e.elts for m in self.mods(v)]]
-        if isinstance(e, ast.Starred): return self._items(e.value)
-        if isinstance(e, ast.IfExp): return self.mods(e.body) + self.mods(e.orelse)
-        if isinstance(e, ast.BoolOp): return [m for v in e.values for m in self.mods(v)]
-        if isinstance(e, ast.NamedExpr): return self.mods(e.value)
-        if _is_getattr(e):
-            names = self._texts(e.args[1])
-            return self._items(e.args[0]) if names is None else [m for k in names for m in self._attr(e.args[0], k)]
-        if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == 'super': return self.env.get('self', [])
-        return []
+# %% ../../nbs/core/modules.ipynb #5462c154
+@patch
+def mods(self:_FnWalk, e) -> list:
+    "Modules (or lists of modules) that expression `e` may stand for"
+    if isinstance(e, ast.Name): return self.env.get(e.id, [])
+    if isinstance(e, ast.Attribute): return self._attr(e.value, e.attr)
+    if isinstance(e, ast.Subscript): return [self._items(e.value)] if isinstance(e.slice, ast.Slice) else self._items(e.value)
+    if isinstance(e, (ast.List, ast.Tuple)): return [[m for v in e.elts for m in self.mods(v)]]
+    if isinstance(e, ast.Starred): return self._items(e.value)
+    if isinstance(e, ast.IfExp): return self.mods(e.body) + self.mods(e.orelse)
+    if isinstance(e, ast.BoolOp): return [m for v in e.values for m in self.mods(v)]
+    if isinstance(e, ast.NamedExpr): return self.mods(e.value)
+    if _is_getattr(e):
+        names = self._texts(e.args[1])
+        return self._items(e.args[0]) if names is None else [m for k in names for m in self._attr(e.args[0], k)]
+    if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == 'super': return self.env.get('self', [])
+    return []
 
-    def _texts(self, e) -> set|None:
-        "Strings that expression `e` may stand for, None if that is not known"
-        if isinstance(e, ast.Constant): return {e.value} if isinstance(e.value, str) else None
-        if isinstance(e, ast.Name): return self.strs.get(e.id)
-        if _is_getattr(e) and isinstance(e.args[1], ast.Constant):
-            res = {getattr(m, e.args[1].value, None) for m in self.mods(e.args[0]) if isinstance(m, nn.Module)}
-            return res if res and all(isinstance(v, str) for v in res) else None
+@patch
+def _texts(self:_FnWalk, e) -> set|None:
+    "Strings that expression `e` may stand for, None if that is not known"
+    if isinstance(e, ast.Constant): return {e.value} if isinstance(e.value, str) else None
+    if isinstance(e, ast.Name): return self.strs.get(e.id)
+    if _is_getattr(e) and isinstance(e.args[1], ast.Constant):
+        res = {getattr(m, e.args[1].value, None) for m in self.mods(e.args[0]) if isinstance(m, nn.Module)}
+        return res if res and all(isinstance(v, str) for v in res) else None
 
-    def _iterated(self, e):
-        "What a loop over `e` may bind: looks through zip, enumerate, reversed, `.values()`"
-        inside = ast.iter_child_nodes(e)
-        if isinstance(e, ast.Attribute): inside = []   # the layers of `self` are not in `self.sizes`
-        elif isinstance(e, ast.Call): inside = e.args + ([e.func.value] if isinstance(e.func, ast.Attribute) else [])
-        return self._items(e) or [c for o in inside for c in self._iterated(o)]
+# %% ../../nbs/core/modules.ipynb #6fd88bc0
+@patch
+def _iterated(self:_FnWalk, e):
+    "What a loop over `e` may bind: looks through zip, enumerate, reversed, `.values()`"
+    inside = ast.iter_child_nodes(e)
+    if isinstance(e, ast.Attribute): inside = []   # the layers of `self` are not in `self.sizes`
+    elif isinstance(e, ast.Call): inside = e.args + ([e.func.value] if isinstance(e.func, ast.Attribute) else [])
+    return self._items(e) or [c for o in inside for c in self._iterated(o)]
 
-    def _items(self, e):
-        return [c for m in self.mods(e) for c in (m.children() if isinstance(m, nn.Module) else m)]
+@patch
+def _items(self:_FnWalk, e):
+    return [c for m in self.mods(e) for c in (m.children() if isinstance(m, nn.Module) else m)]
 
-    def _attr(self, value, attr):
-        res = []
-        for m in self.mods(value):
-            if not isinstance(m, nn.Module): continue
-            o = m._modules.get(attr, m.__dict__.get(attr))
-            if isinstance(o, nn.Module): res.append(o)
-            elif isinstance(o, (list, tuple)) and any(isinstance(c, nn.Module) for c in o):
-                res.append([c for c in o if isinstance(c, nn.Module)])
-        return res
+@patch
+def _attr(self:_FnWalk, value, attr):
+    res = []
+    for m in self.mods(value):
+        if not isinstance(m, nn.Module): continue
+        o = m._modules.get(attr, m.__dict__.get(attr))
+        if isinstance(o, nn.Module): res.append(o)
+        elif isinstance(o, (list, tuple)) and any(isinstance(c, nn.Module) for c in o):
+            res.append([c for c in o if isinstance(c, nn.Module)])
+    return res
 
-# %% ../../nbs/core/modules.ipynb #1564329c
+# %% ../../nbs/core/modules.ipynb #9bf5dd48
 @patch
 def _linears(self:_FnWalk, e) -> list:
     "The layers that `e` may stand for, nothing for containers"
@@ -203,6 +210,7 @@ def visit_AugAssign(self:_FnWalk, o):
     self._write(o.target)
     self.generic_visit(o)
 
+# %% ../../nbs/core/modules.ipynb #a838f9c6
 @patch
 def visit_Attribute(self:_FnWalk, o):
     if o.attr in LINEAR_ATTRS: self._mark(o.value)
@@ -211,6 +219,11 @@ def visit_Attribute(self:_FnWalk, o):
             self.reader.run(m, o.attr)
     if not self._linears(o.value): self.visit(o.value)
 
+@patch
+def visit_Return(self:_FnWalk, o):
+    if o.value is not None: self._mark(o.value); self.visit(o.value)
+
+# %% ../../nbs/core/modules.ipynb #2b2bf5ae
 @patch
 def visit_Call(self:_FnWalk, o):
     f = o.func
@@ -233,10 +246,6 @@ def visit_Call(self:_FnWalk, o):
     for a in [*o.args, *(k.value for k in o.keywords)]:
         if not callees and name not in _CALLS_ONLY: self._mark(a)   # handed to code that cannot be followed
         if not self._linears(a): self.visit(a)
-
-@patch
-def visit_Return(self:_FnWalk, o):
-    if o.value is not None: self._mark(o.value); self.visit(o.value)
 
 # %% ../../nbs/core/modules.ipynb #20108991
 def weight_readers(

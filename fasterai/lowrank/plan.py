@@ -161,7 +161,7 @@ def make_plan(
     _warn(res, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
-# %% ../../nbs/lowrank/plan.ipynb #b8c737bc
+# %% ../../nbs/lowrank/plan.ipynb #0a761f45
 def _left_out(model, sites, layers, exclude, policy):
     "Layers the user left out: name -> reason. Names that match nothing raise"
     names = {s.name: s.names for s in sites}
@@ -178,6 +178,7 @@ def _left_out(model, sites, layers, exclude, policy):
             if p is None or keys[p] is None: res.setdefault(n, 'not named in PerLayer' if p is None else 'dense by PerLayer')
     return res
 
+# %% ../../nbs/lowrank/plan.ipynb #151d4ea5
 def _decide(s: LinearSite, left_out, rank, spec, zero, skip_unprofitable, round_to):
     "One row of the plan"
     row = LayerPlan(s.name, s.in_features, s.out_features, spec, s.names[1:], kind=s.kind,
@@ -197,6 +198,7 @@ def _valid(rank, row):
     if isinstance(rank, Integral) and not isinstance(rank, bool) and 1 <= rank <= row.max_rank: return int(rank)
     raise ValueError(f'rank of {row.name!r} must be between 1 and {row.max_rank}, got {rank!r}.')
 
+# %% ../../nbs/lowrank/plan.ipynb #9ec283d9
 def _warn(plan, asked):
     "Say what a user would not expect: layers that grow, nothing to do, or a layer named by the user that has to stay dense"
     grown = [o for o in plan.replaced if o.params_after > o.weight_params]
