@@ -163,6 +163,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fasterai/lowrank/plan.py'),
                                        'fasterai.lowrank.plan.DecompositionPlan._repr_html_': ( 'lowrank/plan.html#decompositionplan._repr_html_',
                                                                                                 'fasterai/lowrank/plan.py'),
+                                       'fasterai.lowrank.plan.DecompositionPlan._shown': ( 'lowrank/plan.html#decompositionplan._shown',
+                                                                                           'fasterai/lowrank/plan.py'),
                                        'fasterai.lowrank.plan.DecompositionPlan._sites': ( 'lowrank/plan.html#decompositionplan._sites',
                                                                                            'fasterai/lowrank/plan.py'),
                                        'fasterai.lowrank.plan.DecompositionPlan.apply': ( 'lowrank/plan.html#decompositionplan.apply',

@@ -63,6 +63,7 @@ def test_arch_and_weights(cli, weights, fmt):
     assert torch.equal(small.eval()(x), want(x))
     assert f'{count_params(model):,}' in out and f'{count_params(want):,}' in out
     assert Path('small/plan.png').read_bytes().startswith(b'\x89PNG')
+    assert len({p.stat().st_mode for p in Path('small').iterdir()}) == 1    # whoever can read the plan can read the model
 
 
 def test_learner_needs_consent_and_round_trips(cli, tmp_path):
@@ -123,6 +124,7 @@ BAD = {
     'truncated safetensors': ([*RESNET, '--weights', 'cut.safetensors'], 'cut.safetensors'),
     'truncated pt': ([*RESNET, '--weights', 'cut.pt'], 'cut.pt'),
     'text as pt': ([*RESNET, '--weights', 'text.pt'], 'text.pt'),
+    'a whole model': ([*RESNET, '--weights', 'whole.pt'], 'save model.state_dict()'),
     'a tensor, not a dict': ([*RESNET, '--weights', 'tensor.pt'], 'not a state dict'),
     'ratio': ([*RESNET, '--weights', 'w.pt', '--rank-ratio', '50'], 'rank_ratio must be in (0, 1], got 50'),
     'layer name': ([*RESNET, '--weights', 'w.pt', '--exclude', 'fd'], "'fc'"),
@@ -138,6 +140,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, weights, args, text):
     for f in ('w.pt', 'w.safetensors'): Path(f'cut{Path(f).suffix}').write_bytes(Path(f).read_bytes()[:5000])
     Path('text.pt').write_text('hello')
     torch.save(torch.ones(2), 'tensor.pt')
+    torch.save(nn.Linear(2, 2), 'whole.pt')
     before = listing()
     rc,_,err = cli(*args)
     assert rc == 2
@@ -159,6 +162,13 @@ def test_builtin_example():
     assert acc[0] > 70 and acc[2] > 70      # ten classes: chance is 10 %
     dls = digits_dls(n=600)
     assert f'{Learner(dls, small, metrics=accuracy).validate()[1]:.1%}' == table.accuracy[2]
+
+
+def test_builtin_example_checks_names_before_it_trains():
+    class Untrainable(nn.Sequential):
+        def forward(self, x): pytest.fail('training has begun')
+    with pytest.raises(ValueError, match="exclude='typo'"):
+        run_example(FC_Decomposer(exclude='typo'), n=64, arch=lambda num_classes: Untrainable(nn.Linear(3072, num_classes)))
 
 
 def test_python_call_returns_and_raises(weights, tmp_path):

@@ -684,9 +684,14 @@ def test_names_from_a_generator_serve_every_call():
     fc = FC_Decomposer(.25, layers=(n for n in ['h', 'head']), exclude=iter(['head']))
     assert [o.name for o in fc.plan(named()).replaced] == [o.name for o in fc.plan(named()).replaced] == ['h']
 
-@pytest.mark.parametrize('bad', [[3], [None], [nn.Linear(2, 2)]])
+@pytest.mark.parametrize('bad', [3, [3], [None], [nn.Linear(2, 2)]])
 def test_names_must_be_text(bad):
     with pytest.raises(TypeError, match='layers takes names of layers, got'): FC_Decomposer(layers=bad).plan(named())
+
+def test_table_sorts_as_numbers():
+    m = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+    df = quiet(FC_Decomposer(policy={'0': 10, '1': 9, '2': None}).plan, m).to_frame().dropna()
+    assert list(df.sort_values('rank').layer) == ['1', '0'] and list(df.sort_values('error').layer) == ['0', '1']
 
 def test_index_of_a_container_is_an_error():
     with pytest.raises(ValueError, match="'classifier' is not a layer; below it lie 'classifier.0', 'classifier.2'"):

@@ -405,7 +405,7 @@ def find_linears(
 
 def _hooked(m): return 'its own hooks' if any(getattr(m, h, None) for h in _HOOKS) else None
 
-# %% ../../nbs/core/modules.ipynb #c08a6618
+# %% ../../nbs/core/modules.ipynb #6e0b59b8
 def match_name(name: str, pattern: str) -> bool:
     "Is `name` the thing that `pattern` names, or something below it? `*` and `?` are wildcards, `*` crosses dots"
     if name == pattern or name.startswith(f'{pattern}.'): return True    # a name may hold [ ] or *, as keys of nn.ModuleDict do
@@ -418,7 +418,7 @@ def select(
     known: Iterable[str] = (),           # further names that are not an error though no layer lies there
 ) -> list[str]:                          # first names, in the order of `names`
     "The layers that `patterns` select"
-    pats = [patterns] if isinstance(patterns, str) else list(patterns)
+    pats = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
     for p in pats:
         if not isinstance(p, str): raise TypeError(f'{arg} takes names of layers, got {p!r} ({type(p).__name__}).')
         if any(match_name(n, p) for ns in names.values() for n in ns) or any(match_name(n, p) for n in known): continue

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['digits_dls', 'build_arch', 'load_weights', 'write_result', 'disk_bytes', 'run_example', 'fasterai_decompose']
 
-# %% ../../nbs/lowrank/cli.ipynb #06baf24b
+# %% ../../nbs/lowrank/cli.ipynb #c9fd02a1
 import importlib, json, os, pickle, shutil, sys, tempfile, time, warnings
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.models import vgg16_bn
 from ..core.modules import count_params
-from .plan import DecompositionPlan
+from .plan import DecompositionPlan, _umask, make_plan
 from ..misc.fc_decomposer import FC_Decomposer
 
 # %% ../../nbs/lowrank/cli.ipynb #1baa8feb
@@ -57,7 +57,7 @@ def build_arch(
     if not isinstance(model, nn.Module): raise ValueError(f'--arch {arch} returned {type(model).__name__}, not a torch.nn.Module.')
     return model
 
-# %% ../../nbs/lowrank/cli.ipynb #89ec3fb0
+# %% ../../nbs/lowrank/cli.ipynb #eddf92b0
 def load_weights(
     model: nn.Module,           # filled in place
     path: str|os.PathLike,      # a .safetensors file, or a state dict saved by torch.save or Learner.save
@@ -68,7 +68,8 @@ def load_weights(
     try: sd = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except SafetensorError as e: raise ValueError(f'{path} is not a valid safetensors file: {e}.') from None
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, ValueError) as e:
-        raise ValueError(f'{path} cannot be read as a state dict with weights_only=True: {str(e).splitlines()[0]}') from None
+        why = ('it holds more than tensors; save model.state_dict()' if isinstance(e, pickle.UnpicklingError) else str(e).splitlines()[0])
+        raise ValueError(f'{path} cannot be read as a state dict with weights_only=True: {why}.') from None
     if isinstance(sd, dict): sd = next((sd[k] for k in ('model', 'state_dict') if isinstance(sd.get(k), dict)), sd)
     if not isinstance(sd, dict): raise ValueError(f'{path} holds a {type(sd).__name__}, not a state dict.')
     _check_keys(model, sd, path)
@@ -86,7 +87,7 @@ def _check_keys(model, sd, path):
         if sd[k].shape != v.shape:
             raise ValueError(f'{path}: {k} has shape {tuple(sd[k].shape)}, the model has {tuple(v.shape)}. Wrong --arch-args?')
 
-# %% ../../nbs/lowrank/cli.ipynb #bf3e939c
+# %% ../../nbs/lowrank/cli.ipynb #1046c3d3
 def _check_out(out, force):
     if out.exists() and not out.is_dir(): raise FileExistsError(f'--out {out} exists and is not a folder.')
     if out.exists() and any(out.iterdir()) and not force: raise FileExistsError(f'--out {out} exists. Choose another folder or pass --force.')
@@ -107,6 +108,7 @@ def write_result(
         plan.plot(fig.subplots())
         fig.savefig(tmp/'plan.png', dpi=150)
         if learn is not None: learn.export((tmp/'learner.pkl').absolute())
+        for f in tmp.iterdir(): f.chmod(0o666 & ~_umask())     # safetensors makes files that only the owner can read
         out.mkdir(exist_ok=True)
         return [Path(shutil.move(f, out/f.name)) for f in sorted(tmp.iterdir())]
 
@@ -130,7 +132,7 @@ def _say(s):
     sys.stdout.write(f'{s}\n')
     sys.stdout.flush()
 
-# %% ../../nbs/lowrank/cli.ipynb #4ca08ca1
+# %% ../../nbs/lowrank/cli.ipynb #80d425b0
 def run_example(
     fc: FC_Decomposer,
     *,
@@ -144,6 +146,9 @@ def run_example(
     set_seed(seed, reproducible=True)
     dls = digits_dls(seed=seed, n=n)
     learn,start = Learner(dls, arch(num_classes=10), metrics=accuracy),time.perf_counter()
+    with warnings.catch_warnings():     # a typo in a layer name shows before the training, not after
+        warnings.simplefilter('ignore')
+        make_plan(learn.model, 1, spectra=False, layers=fc.layers, exclude=fc.exclude)
     _say(f'1/4 training {arch.__name__} on {len(dls.train_ds):,} handwritten digits, {epochs} epochs')
     learn.fit_one_cycle(epochs, 1e-3)
     rows = [_row('dense', learn.model, learn, time.perf_counter()-start)]
@@ -161,7 +166,7 @@ def run_example(
     rows.append(_row('fine-tuned', small, new_learn, time.perf_counter()-start))
     return small, plan, pd.DataFrame(rows)
 
-# %% ../../nbs/lowrank/cli.ipynb #78a30073
+# %% ../../nbs/lowrank/cli.ipynb #9a6dc446
 def _load_export(path, allow_pickle):
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'no such file: {path}.')
@@ -183,7 +188,7 @@ def _decompose_given(fc, model, learn=None):
     small = plan.apply(model)
     seconds = time.perf_counter()-start
     if learn is not None: learn.model,learn.opt = small,None
-    return small, plan, pd.DataFrame([_row('dense', model), _row('decomposed', small, seconds=seconds)])
+    return small, plan, pd.DataFrame([_row('dense', model), _row('decomposed', small, seconds=seconds)]).fillna('')
 
 # %% ../../nbs/lowrank/cli.ipynb #bd3dec9b
 def _run(model, arch, arch_args, weights, out, force, allow_pickle, epochs, finetune_epochs, seed, fc):

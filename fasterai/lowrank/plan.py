@@ -77,13 +77,13 @@ class DecompositionPlan:
 @patch
 def _names(self:DecompositionPlan, patterns, arg): return select({o.name: o.names for o in self.layers}, patterns, arg)
 
-# %% ../../nbs/lowrank/plan.ipynb #651048ff
+# %% ../../nbs/lowrank/plan.ipynb #57574e57
 @patch
 def to_frame(self:DecompositionPlan) -> pd.DataFrame:
     "One row per layer: shape, rank, parameters of the weight before and after, predicted relative error of the weight, remark"
-    return pd.DataFrame([dict(layer=o.name or '(the model)', shape=o.shape, rank='dense' if o.rank is None else str(o.rank),
-        before=o.weight_params, after=o.params_after, error='' if o.error is None else f'{o.error:.3f}', reason=o.reason)
-        for o in self.layers], columns='layer shape rank before after error reason'.split())
+    df = pd.DataFrame([dict(layer=o.name or '(the model)', shape=o.shape, rank=o.rank, before=o.weight_params, after=o.params_after,
+        error=o.error, reason=o.reason) for o in self.layers], columns='layer shape rank before after error reason'.split())
+    return df.astype(dict(rank='Int64', before='int64', after='int64', error='float64'))   # a missing rank is a dense layer
 
 @patch(as_prop=True)
 def title(self:DecompositionPlan) -> str:
@@ -95,12 +95,18 @@ def title(self:DecompositionPlan) -> str:
 _fmt = dict(index=False, formatters=dict(before='{:,}'.format, after='{:,}'.format))
 
 @patch
+def _shown(self:DecompositionPlan):
+    "The table as text: 'dense' for no rank, three digits of the error"
+    return self.to_frame().assign(rank=['dense' if o.rank is None else str(o.rank) for o in self.layers],
+                                  error=['' if o.error is None else f'{o.error:.3f}' for o in self.layers])
+
+@patch
 def __repr__(self:DecompositionPlan):
-    return self.title + ('\n' + self.to_frame().to_string(**_fmt, justify='right') if self.layers else '')
+    return self.title + ('\n' + self._shown().to_string(**_fmt, justify='right') if self.layers else '')
 
 @patch
 def _repr_html_(self:DecompositionPlan):
-    return f'<p>{self.title}</p>' + (self.to_frame().to_html(**_fmt, border=0) if self.layers else '')
+    return f'<p>{self.title}</p>' + (self._shown().to_html(**_fmt, border=0) if self.layers else '')
 
 # %% ../../nbs/lowrank/plan.ipynb #ac2c99bf
 _BAR_FROM = 2e10  # multiply-adds of factorization, about two seconds on two cores
@@ -130,7 +136,7 @@ def _spectrum(s):
     try: return tuple(float(f'{v:.8g}') for v in spectrum(s.weight).tolist())
     except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
 
-# %% ../../nbs/lowrank/plan.ipynb #c73861f5
+# %% ../../nbs/lowrank/plan.ipynb #643cc95a
 @torch.no_grad()
 def make_plan(
     model: nn.Module,                       # left unchanged
@@ -145,7 +151,7 @@ def make_plan(
 ) -> DecompositionPlan:
     "Decide about every fully-connected layer of `model`"
     policy,sites = mk_policy(policy),find_linears(model, types=types)
-    if layers is not None and not isinstance(layers, str): layers = tuple(layers)
+    if isinstance(layers, Iterable) and not isinstance(layers, str): layers = tuple(layers)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f'round_to must be an int of at least 1, got {round_to!r}.')
     left_out = _left_out(model, sites, layers, exclude, policy)
@@ -359,7 +365,7 @@ def load(cls:DecompositionPlan,
     try: return cls(tuple(map(_row, d['layers'])), d['policy'], d['params'])
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} is a damaged plan: {e}.') from None
 
-# %% ../../nbs/lowrank/plan.ipynb #dac1cf12
+# %% ../../nbs/lowrank/plan.ipynb #b78bee41
 @patch
 def plot(self:DecompositionPlan, 
     ax: plt.Axes|None = None,   # axes to draw on, new ones by default
@@ -375,7 +381,7 @@ def plot(self:DecompositionPlan,
         line, = ax.plot(np.arange(len(err))/(len(err)-1), err, label=o.name or '(the model)')
         if o.rank: ax.plot(o.rank/o.max_rank, err[o.rank], 'o', color=line.get_color())
     ax.set(xlabel='rank / full rank', ylabel='relative error of the weight', xlim=(0, 1), ylim=(0, None))
-    if rows: ax.legend(fontsize='small')
+    if rows: ax.legend(fontsize='small', title='layer')
     return ax
 
 # %% ../../nbs/lowrank/plan.ipynb #dedf999c

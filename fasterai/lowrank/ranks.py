@@ -51,9 +51,10 @@ class LayerPolicy(Policy):
     def rank(self, layer: Layer) -> int|None: "Rank for one layer"
     def ranks(self, layers): return {o.name: self.rank(o) for o in layers}
 
-# %% ../../nbs/lowrank/ranks.ipynb #245cf0ef
+# %% ../../nbs/lowrank/ranks.ipynb #ddd74b1a
 def _check_share(x, arg, what):
-    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f'{arg} must be a number in (0, 1], got {x!r} ({type(x).__name__}).')
+    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f'{arg} must be a number in (0, 1], got {x!r} ({type(x).__name__}).' +
+        (' Pass it as policy=.' if isinstance(x, (Policy, Mapping)) else ''))
     if not 0 < x <= 1: raise ValueError(f'{arg} must be in (0, 1], got {x}. {what}')
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from torch import nn
 from ..lowrank.plan import DecompositionPlan, make_plan
 from ..lowrank.ranks import Policy, RankRatio, mk_policy
 
-# %% ../../nbs/misc/fc_decomposer.ipynb #8554093f
-def _names(x): return x if x is None or isinstance(x, str) else tuple(x)  # a generator would serve one call only
+# %% ../../nbs/misc/fc_decomposer.ipynb #4cd8b564
+def _names(x): return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else x  # a generator would serve one call only
 
 class FC_Decomposer:
     "Decompose the fully-connected layers of a model by truncated SVD"
     def __init__(self, 
         rank_ratio: float = 0.5,                       # share of singular values to keep, in (0, 1]
         *,
-        policy: 'Policy|float|int|Mapping|None' = None,# how to choose ranks, in place of `rank_ratio`; see `mk_policy`
+        policy: 'Policy|float|int|Mapping|None' = None,# in place of `rank_ratio`: a policy, a share (1.0), a rank (1 is rank one), {name: policy}
         layers: str|Iterable[str]|None = None,         # only these layers: names, containers, wildcards; None for all
         exclude: str|Iterable[str]|None = None,        # all but these
         skip_unprofitable: bool = False,               # keep a layer dense where its pair would not be smaller?
