@@ -132,7 +132,7 @@ def _say(s):
     sys.stdout.write(f'{s}\n')
     sys.stdout.flush()
 
-# %% ../../nbs/lowrank/cli.ipynb #80d425b0
+# %% ../../nbs/lowrank/cli.ipynb #c09a2f8c
 def run_example(
     fc: FC_Decomposer,
     *,
@@ -150,7 +150,7 @@ def run_example(
         warnings.simplefilter('ignore')
         make_plan(learn.model, 1, spectra=False, layers=fc.layers, exclude=fc.exclude)
     _say(f'1/4 training {arch.__name__} on {len(dls.train_ds):,} handwritten digits, {epochs} epochs')
-    learn.fit_one_cycle(epochs, 1e-3)
+    learn.fit_one_cycle(epochs, 3e-4)
     rows = [_row('dense', learn.model, learn, time.perf_counter()-start)]
     _say('2/4 decomposing')
     start = time.perf_counter()
