@@ -7,16 +7,16 @@ __all__ = ['LayerPlan', 'DecompositionPlan', 'make_plan', 'write_atomic', 'to_de
 
 # %% ../../nbs/lowrank/plan.ipynb #0c4cdb63
 import json, os, tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace, asdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace, asdict
 from numbers import Integral
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 import torch
-from fastcore.basics import patch, patch_to
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
-from ..core.modules import LinearSite, LowRankLinear, copy_with, count_params, find_linears, is_pair, mk_pair, select
+from ..core.modules import LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
 from .factorize import factorize, spectrum, trunc_error
 from .factorize import _double, _warn_user
 from .ranks import Layer, mk_policy, round_rank
