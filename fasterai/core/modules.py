@@ -6,8 +6,8 @@
 __all__ = ['LINEAR_ATTRS', 'LowRankLinear', 'mk_pair', 'is_pair', 'weight_readers', 'LinearSite', 'find_linears', 'match_name',
            'select', 'copy_with', 'count_params']
 
-# %% ../../nbs/core/modules.ipynb #2afceee1
-import ast, copy, inspect, textwrap, types
+# %% ../../nbs/core/modules.ipynb #c7976e9a
+import ast, copy, inspect, sys, textwrap, types, warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -460,3 +460,15 @@ def copy_with(
 def count_params(model: nn.Module) -> int:
     "Parameters of `model`, shared ones counted once, lazy ones not yet made not at all"
     return sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedTensorMixin))
+
+# %% ../../nbs/core/modules.ipynb #4088ecb1
+def _double(t):
+    "`t` in float64, which autocast and TF32 leave alone; on the CPU where the device has no float64"
+    if t.device.type == 'mps': t = t.cpu()
+    return t.to(torch.promote_types(t.dtype, torch.float64))
+
+def _warn_user(msg):
+    "Warn at the first line outside of this package (and of torch, whose decorators lie in between)"
+    depth,f = 2,sys._getframe(1)
+    while f.f_back and f.f_globals.get('__name__', '').split('.')[0] in ('fasterai', 'torch', 'contextlib'): depth,f = depth+1,f.f_back
+    warnings.warn(msg, stacklevel=depth)

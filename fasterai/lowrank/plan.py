@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['LayerPlan', 'DecompositionPlan', 'make_plan', 'write_atomic', 'to_dense']
 
-# %% ../../nbs/lowrank/plan.ipynb #0c4cdb63
+# %% ../../nbs/lowrank/plan.ipynb #b9111dcb
 import json, os, tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass, replace, asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace, asdict
 from numbers import Integral
 from pathlib import Path
+from typing import Literal
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 import torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
-from ..core.modules import LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
-from .factorize import factorize, spectrum, trunc_error
-from .factorize import _double, _warn_user
+from ..core.modules import _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
+from .calibrate import Calibration, NotDifferentiable, _collect
+from .factorize import Basis, factorize, shifted_bias, spectrum, trunc_error
 from .ranks import Layer, mk_policy, round_rank
 
-# %% ../../nbs/lowrank/plan.ipynb #6be01c5c
+# %% ../../nbs/lowrank/plan.ipynb #74d81f5b
 @dataclass(frozen=True)
 class LayerPlan(Layer):
     "The decision about one layer"
@@ -31,11 +32,15 @@ class LayerPlan(Layer):
     bias: bool = True
     readable: bool = False            # does the parent read `.weight`?
     can: bool = True                  # False: the layer cannot be decomposed, for `reason`
+    calibrated: bool = False          # were activations seen?
+    errors: tuple[float,...]|None = None  # relative error of the output at ranks 0 to min(m, n), where the spectrum says something else
 
     @property
     def error(self) -> float|None:
-        "Relative error of the weight at this rank (0 when dense), None where no spectrum is known"
+        """Relative error at this rank (0 when dense), None where no spectrum is known: of the weight, or if calibrated of the output, relative
+        to the output's deviation from its mean (for a layer without bias: relative to the output)"""
         if self.rank is None: return 0.
+        if self.errors is not None: return self.errors[self.rank]
         return None if self.spectrum is None else trunc_error(self.spectrum, self.rank)
 
     @property
@@ -46,13 +51,15 @@ class LayerPlan(Layer):
     @property
     def shape(self) -> str: return f'{self.kind}({self.in_features}→{self.out_features})'
 
-# %% ../../nbs/lowrank/plan.ipynb #4f3ea88b
+# %% ../../nbs/lowrank/plan.ipynb #7855e3cb
 @dataclass(frozen=True)
 class DecompositionPlan:
     "What happens to each fully-connected layer of a model"
     layers: tuple[LayerPlan,...]      # in the order of `model.named_modules()`
     policy: str = ''                  # how the ranks were chosen
     params: int = 0                   # parameters of the whole model before
+    note: str = ''                    # what else there is to say about the ranks
+    bases: Mapping[str,Basis] = field(default_factory=dict, compare=False, repr=False) # factors to be cut, of calibrated layers; not saved
 
     @property
     def replaced(self) -> list[LayerPlan]:
@@ -77,7 +84,7 @@ class DecompositionPlan:
 @patch
 def _names(self:DecompositionPlan, patterns, arg): return select({o.name: o.names for o in self.layers}, patterns, arg)
 
-# %% ../../nbs/lowrank/plan.ipynb #57574e57
+# %% ../../nbs/lowrank/plan.ipynb #359b028c
 @patch
 def to_frame(self:DecompositionPlan) -> pd.DataFrame:
     "One row per layer: shape, rank, parameters of the weight before and after, predicted relative error of the weight, remark"
@@ -90,7 +97,7 @@ def title(self:DecompositionPlan) -> str:
     "One line: policy, layers, parameters"
     b,a = self.params,self.params_after
     return (f'{self.policy or "plan"}: {len(self.replaced)} of {len(self)} layers become pairs, '
-            f'{b:,} → {a:,} parameters' + (f' ({a/b-1:+.1%})' if b else ''))
+            f'{b:,} → {a:,} parameters' + (f' ({a/b-1:+.1%})' if b else '') + (f'; {self.note}' if self.note else ''))
 
 _fmt = dict(index=False, formatters=dict(before='{:,}'.format, after='{:,}'.format))
 
@@ -108,7 +115,7 @@ def __repr__(self:DecompositionPlan):
 def _repr_html_(self:DecompositionPlan):
     return f'<p>{self.title}</p>' + (self._shown().to_html(**_fmt, border=0) if self.layers else '')
 
-# %% ../../nbs/lowrank/plan.ipynb #ac2c99bf
+# %% ../../nbs/lowrank/plan.ipynb #68566bd0
 _BAR_FROM = 2e10  # multiply-adds of factorization, about two seconds on two cores
 
 def _progress(sites, verb):
@@ -130,13 +137,20 @@ def _check_finite(s):
                          f'Repair it, or leave the layer out with exclude={s.name!r}.')
     return not (lo.any() or hi.any())
 
+def _digits(s): return tuple(float(f'{v:.8g}') for v in s)   # short in JSON, equal after a round trip
+
 def _spectrum(s):
-    "Spectrum as a tuple of numbers with 8 digits: short in JSON, equal after a round trip. None where there is none"
+    "Spectrum of the weight as a tuple of numbers, None where there is none"
     if s.module.weight.device.type == 'meta': return None
-    try: return tuple(float(f'{v:.8g}') for v in spectrum(s.weight).tolist())
+    try: return _digits(spectrum(s.weight).tolist())
     except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
 
-# %% ../../nbs/lowrank/plan.ipynb #643cc95a
+def _basis(s, stats):
+    "Calibrated basis of layer `s`, without its weight"
+    try: return replace(factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None), W=None)
+    except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
+
+# %% ../../nbs/lowrank/plan.ipynb #dd70dd51
 @torch.no_grad()
 def make_plan(
     model: nn.Module,                       # left unchanged
@@ -148,6 +162,10 @@ def make_plan(
     round_to: int = 1,                      # ranks in multiples of this
     types: Iterable[type] = (),             # subclasses of nn.Linear to treat as nn.Linear
     spectra: bool = True,                   # compute spectra even where the policy does not need them, for the predicted errors?
+    data=None,                              # calibration data or a `Calibration`; None for plain SVD
+    n_batches: int|None = None,             # batches to look at, None for all
+    sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # weigh errors by their effect on the output of the model? 'auto': where the policy wants it
+    loss: Callable|None = None,             # loss(output, *targets) for the sensitivity; None for random cotangents of the output
 ) -> DecompositionPlan:
     "Decide about every fully-connected layer of `model`"
     policy,sites = mk_policy(policy),find_linears(model, types=types)
@@ -157,15 +175,41 @@ def make_plan(
     left_out = _left_out(model, sites, layers, exclude, policy)
     todo = [s for s in sites if s.reason is None and s.name not in left_out]
     zero = {s.name for s in todo if _check_finite(s)}
-    want = spectra or policy.needs_spectra
-    specs = {s.name: _spectrum(s) if want else None for s in (_progress(todo, 'spectra') if want else todo)}
+    stats = _statistics(model, data, [s for s in todo if s.name not in zero], policy, n_batches, sensitivity, loss)
+    bases,specs,want = {},{},spectra or policy.needs_spectra
+    for s in (_progress(todo, 'spectra') if want or stats else todo):
+        if (b := _basis(s, stats[s.name]) if s.name in stats else None) is not None: bases[s.name] = b
+        specs[s.name] = _digits(b.S.tolist()) if b is not None else _spectrum(s) if want else None
+        if b is not None and stats is not data: stats.layers[s.name] = replace(stats[s.name], cov=None, sens=None)  # large, and used up
     if policy.needs_spectra: left_out |= {s.name: 'no solver found its singular values' for s in todo
                                           if specs[s.name] is None and s.weight.device.type != 'meta'}
-    ranks = policy.ranks([Layer(s.name, s.in_features, s.out_features, specs[s.name], s.names[1:]) for s in todo if s.name not in left_out])
-    res = DecompositionPlan(tuple(_decide(s, left_out.get(s.name), ranks.get(s.name), specs.get(s.name), s.name in zero,
-        skip_unprofitable, round_to) for s in sites), repr(policy), count_params(model))
+    rows = {s.name: _row_of(s, specs.get(s.name), stats.get(s.name), bases.get(s.name)) for s in sites}
+    chosen = [rows[s.name] for s in todo if s.name not in left_out]
+    ranks = policy.ranks(chosen)
+    res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
+        skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model), _notes(policy, chosen, stats), bases)
     _warn(res, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
+
+# %% ../../nbs/lowrank/plan.ipynb #562cf544
+def _statistics(model, data, sites, policy, n_batches, sensitivity, loss):
+    "Statistics of the layers `sites`, an empty `Calibration` without data"
+    if sensitivity not in (True, False, None, 'auto', 'full', 'diag'):
+        raise ValueError(f"sensitivity must be 'auto', True, False, 'full' or 'diag', got {sensitivity!r}.")
+    if data is None:
+        if loss is not None or sensitivity in (True, 'full', 'diag'): raise ValueError('sensitivity and loss= need data: pass data= too.')
+        return Calibration({})
+    if isinstance(data, Calibration): return data
+    how = {True: 'full', 'auto': 'full' if policy.wants_sensitivity or loss is not None else None}.get(sensitivity, sensitivity or None)
+    args = (model, data, sites, n_batches)
+    if sensitivity != 'auto' or loss is not None or how is None or isinstance(data, Iterator): return _collect(*args, how, loss)
+    try: return _collect(*args, how)
+    except NotDifferentiable as e:
+        _warn_user(f'the sensitivity cannot be measured ({e}): errors of all layers count alike. sensitivity=False avoids this warning.')
+        return _collect(*args)
+
+def _notes(policy, rows, stats):
+    return '; '.join(o for o in (policy.note(rows), f'calibrated on {stats.batches} batches' if stats else '') if o)
 
 # %% ../../nbs/lowrank/plan.ipynb #0a761f45
 def _left_out(model, sites, layers, exclude, policy):
@@ -184,11 +228,17 @@ def _left_out(model, sites, layers, exclude, policy):
             if p is None or keys[p] is None: res.setdefault(n, 'not named in PerLayer' if p is None else 'dense by PerLayer')
     return res
 
-# %% ../../nbs/lowrank/plan.ipynb #151d4ea5
-def _decide(s: LinearSite, left_out, rank, spec, zero, skip_unprofitable, round_to):
+# %% ../../nbs/lowrank/plan.ipynb #6f498cdc
+def _row_of(s: LinearSite, spec, st, basis):
+    "What is known of a layer before its rank is chosen"
+    w = getattr(s.module, 'weight', None)
+    return LayerPlan(s.name, s.in_features, s.out_features, spec, s.names[1:], kind=s.kind,
+        bias=getattr(s.module, 'bias', None) is not None, readable=s.reader is not None, can=s.reason is None,
+        itemsize=w.element_size() if s.reason is None else 4, **({} if basis is None else dict(calibrated=True, weighted=basis.weighted,
+        positions=round(st.positions, 6), errors=basis.errors and _digits(basis.errors))))
+
+def _decide(row, s, left_out, rank, zero, skip_unprofitable, round_to, stats):
     "One row of the plan"
-    row = LayerPlan(s.name, s.in_features, s.out_features, spec, s.names[1:], kind=s.kind,
-        bias=getattr(s.module, 'bias', None) is not None, readable=s.reader is not None, can=s.reason is None)
     why = s.reason or left_out
     if why or rank is None: return replace(row, reason=why or 'dense by policy')
     k = 1 if zero else round_rank(_valid(rank, row), round_to)
@@ -197,6 +247,8 @@ def _decide(s: LinearSite, left_out, rank, spec, zero, skip_unprofitable, round_
     remark = ['zero weight'] if zero else []
     if row.aliases: remark.append(f'also known as {", ".join(row.aliases)}')
     if s.reader: remark.append(f'offers .weight to {s.reader}')
+    if s.name in stats.missing: remark.append(f'plain SVD: {stats.missing[s.name]}')
+    if s.name in stats and stats[s.name].dropped: remark.append(f'{stats[s.name].dropped} of the inputs were not finite and are not counted')
     return replace(row, rank=k, reason='; '.join(remark))
 
 def _valid(rank, row):
@@ -245,31 +297,54 @@ def _bias(layer):
     b = layer.bias
     return None if b is None else nn.Parameter(b.detach().clone(), b.requires_grad)
 
-# %% ../../nbs/lowrank/plan.ipynb #9d124b30
+# %% ../../nbs/lowrank/plan.ipynb #fed95edf
 @patch
 def apply(self:DecompositionPlan, 
     model: nn.Module,   # same architecture as the one planned for; left unchanged
+    *,
+    data=None,          # for a calibrated plan that was loaded from a file: calibration data or a `Calibration`
+    n_batches: int|None = None, # batches to look at, None for all
 ) -> nn.Module:         # a new model
     "A copy of `model` with every planned layer replaced by its pair, factorized one layer at a time"
     new = {}
     with torch.inference_mode(False), torch.no_grad():
         sites = self._sites(model)
         for s in sites.values(): _check_finite(s)
+        bases = self._bases(model, list(sites.values()), data, n_batches)
         for s in _progress(list(sites.values()), 'factors'):
-            pair = _mk(s, self[s.name])
+            pair = _mk(s, self[s.name], bases.get(s.name))
             if pair is not None: new[s.module] = pair
         return copy_with(model, new)
 
-def _mk(s, row):
+@patch
+def _bases(self:DecompositionPlan, model, sites, data, n_batches):
+    "Bases of the calibrated layers: those made with the plan, or made anew from `data`"
+    want = [s for s in sites if self[s.name].calibrated and s.module.weight.device.type != 'meta']
+    if data is None:
+        if (lost := [s.name for s in want if s.name not in self.bases]):
+            raise ValueError(f'{lost[0]!r} was planned with calibration data, which a saved plan does not hold. Pass plan.apply(model, data=…) or its '
+                             'saved statistics; plan.skeleton(model) makes the structure for an existing checkpoint.')
+        return self.bases
+    stats = data
+    if not isinstance(data, Calibration):
+        how = 'full' if any(self[s.name].weighted for s in want) else None
+        stats = _collect(model, data, want, n_batches, how)
+    if (lost := [s.name for s in want if s.name not in stats]):
+        raise ValueError(f'data says nothing about {lost[0]!r}' + (f': {stats.missing[lost[0]]}.' if lost[0] in stats.missing else '.'))
+    return {s.name: b for s in _progress(want, 'spectra') if (b := _basis(s, stats[s.name])) is not None}
+
+def _mk(s, row, basis=None):
     "The pair for one layer, None (and a warning) where every solver failed"
-    W,layer = s.weight,s.module
+    W = s.weight
     if W.device.type == 'meta': return _empty(s, row)
     if W.is_inference(): W = W.clone()
     pair = _empty(s, row)   # what stays is allocated before the work space, so that freeing that leaves no holes
-    try: factorize(W).pair(row.rank, out=(pair[0].weight.data, pair[1].weight.data))
+    try: basis = factorize(W) if basis is None else replace(basis, W=W)
     except torch.linalg.LinAlgError as e:
         _warn_user(f'{s.name or "the model"!r} stays dense: {e}.')
         return
+    A,B = basis.pair(row.rank, out=(pair[0].weight.data, pair[1].weight.data))
+    if pair[1].bias is not None: pair[1].bias.data.copy_(shifted_bias(pair[1].bias.data, basis, A, B))
     return pair
 
 def _empty(s, row):
@@ -336,7 +411,7 @@ def _umask():
     os.umask(m)
     return m
 
-# %% ../../nbs/lowrank/plan.ipynb #5a2d602e
+# %% ../../nbs/lowrank/plan.ipynb #c65b9c4a
 @patch
 def save(self:DecompositionPlan, 
     path: str|os.PathLike,   # file to write
@@ -344,12 +419,13 @@ def save(self:DecompositionPlan,
     overwrite: bool = False, # replace an existing file?
 ) -> Path:
     "Write the plan as JSON"
-    return write_atomic(path, json.dumps(dict(type=_TYPE, version=_VERSION, policy=self.policy, params=self.params,
+    return write_atomic(path, json.dumps(dict(type=_TYPE, version=_VERSION, policy=self.policy, params=self.params, note=self.note,
         layers=[asdict(o) for o in self.layers]), ensure_ascii=False, indent=1), overwrite=overwrite)
 
 def _row(d):
     "One layer from JSON, checked"
-    o = LayerPlan(**{**d, 'aliases': tuple(d['aliases']), 'spectrum': None if d['spectrum'] is None else tuple(map(float, d['spectrum']))})
+    lists = {k: None if d[k] is None else tuple(map(float, d[k])) for k in ('spectrum','errors') if k in d}
+    o = LayerPlan(**{**d, 'aliases': tuple(d['aliases']), **lists})
     if o.rank is not None: _valid(o.rank, o)
     return o
 
@@ -362,10 +438,10 @@ def load(cls:DecompositionPlan,
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not a plan: not valid JSON ({e}).') from None
     if not isinstance(d, dict) or d.get('type') != _TYPE: raise ValueError(f'{path} is not a plan: its type is not {_TYPE!r}.')
     if d.get('version') != _VERSION: raise ValueError(f'{path} has plan version {d.get("version")!r}, this fasterai reads {_VERSION}.')
-    try: return cls(tuple(map(_row, d['layers'])), d['policy'], d['params'])
+    try: return cls(tuple(map(_row, d['layers'])), d['policy'], d['params'], d.get('note', ''))
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} is a damaged plan: {e}.') from None
 
-# %% ../../nbs/lowrank/plan.ipynb #b78bee41
+# %% ../../nbs/lowrank/plan.ipynb #38d36766
 @patch
 def plot(self:DecompositionPlan, 
     ax: plt.Axes|None = None,   # axes to draw on, new ones by default
@@ -377,10 +453,10 @@ def plot(self:DecompositionPlan,
     rows = sorted([o for o in self.layers if o.spectrum is not None], key=lambda o: -o.weight_params)[:max_layers]
     for o in rows:
         e = np.square(np.array(o.spectrum, dtype=np.float64))
-        err = np.sqrt(np.append(e[::-1].cumsum()[::-1], 0)/max(e.sum(), np.finfo(float).tiny))
+        err = np.sqrt(np.append(e[::-1].cumsum()[::-1], 0)/max(e.sum(), np.finfo(float).tiny)) if o.errors is None else np.array(o.errors)
         line, = ax.plot(np.arange(len(err))/(len(err)-1), err, label=o.name or '(the model)')
         if o.rank: ax.plot(o.rank/o.max_rank, err[o.rank], 'o', color=line.get_color())
-    ax.set(xlabel='rank / full rank', ylabel='relative error of the weight', xlim=(0, 1), ylim=(0, None))
+    ax.set(xlabel='rank / full rank', ylabel='relative error of the ' + ('output' if any(o.calibrated for o in rows) else 'weight'), xlim=(0, 1), ylim=(0, None))
     if rows: ax.legend(fontsize='small', title='layer')
     return ax
 

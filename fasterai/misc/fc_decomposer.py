@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['FC_Decomposer']
 
-# %% ../../nbs/misc/fc_decomposer.ipynb #976ef1d6
-from collections.abc import Iterable, Mapping
+# %% ../../nbs/misc/fc_decomposer.ipynb #258015c2
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 from torch import nn
 from ..lowrank.plan import DecompositionPlan, make_plan
 from ..lowrank.ranks import Policy, RankRatio, mk_policy
 
-# %% ../../nbs/misc/fc_decomposer.ipynb #4cd8b564
+# %% ../../nbs/misc/fc_decomposer.ipynb #efd71fc0
 def _names(x): return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else x  # a generator would serve one call only
 
 class FC_Decomposer:
@@ -36,16 +37,27 @@ class FC_Decomposer:
                                round_to=self.round_to, types=self.types)
 
     def plan(self, 
-        model: nn.Module,       # any model; left unchanged
-    ) -> DecompositionPlan:     # shows itself as a table
+        model: nn.Module,           # any model; left unchanged
+        data=None,                  # calibration data: tensor, batches, DataLoader, DataLoaders, Learner, f(model), or a saved `Calibration`
+        *,
+        n_batches: int|None = None, # batches to look at, None for all
+        sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # weigh errors by their effect on the model's output? 'auto': for a budget
+        loss: Callable|None = None, # loss(output, *targets) for the sensitivity; None needs no targets
+    ) -> DecompositionPlan:         # shows itself as a table
         "What `decompose` would do: ranks, sizes and errors of every layer, and the reason where a layer stays dense"
-        return make_plan(model, self.policy, **self._kw())
+        return make_plan(model, self.policy, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss, **self._kw())
 
     def decompose(self, 
-        model: nn.Module,       # any model; left unchanged
-    ) -> nn.Module:             # a new model
-        "A copy of `model` whose fully-connected layers are pairs: the same as `plan(model).apply(model)`"
-        return make_plan(model, self.policy, spectra=False, **self._kw()).apply(model)
+        model: nn.Module,           # any model; left unchanged
+        data=None,                  # calibration data, as for `plan`; None for plain SVD
+        *,
+        n_batches: int|None = None, # batches to look at, None for all
+        sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # as for `plan`
+        loss: Callable|None = None, # as for `plan`
+    ) -> nn.Module:                 # a new model
+        "A copy of `model` whose fully-connected layers are pairs: the same as `plan(model, data).apply(model)`"
+        return make_plan(model, self.policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss,
+                         **self._kw()).apply(model)
 
     def __repr__(self):
         usual = dict(layers=None, exclude=None, skip_unprofitable=False, round_to=1, types=())
