@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Batches', 'model_args', 'left_as_found', 'run_batches']
 
-# %% ../../nbs/core/batches.ipynb #e36cf356
-import inspect, random
+# %% ../../nbs/core/batches.ipynb #4b6d4b61
+import inspect, random, time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
@@ -126,7 +126,7 @@ def left_as_found(
         for p,f in zip(params, flags):
             if p.requires_grad != f: p.requires_grad_(f)
 
-# %% ../../nbs/core/batches.ipynb #ab97d381
+# %% ../../nbs/core/batches.ipynb #ba1de904
 def run_batches(
     model: nn.Module,           # in eval mode while it runs, left as found
     data,                       # see `Batches`
@@ -138,7 +138,7 @@ def run_batches(
     "Outputs of `model` on every batch of `data`"
     b,n = Batches(data, n_batches),0
     with left_as_found(model):
-        for batch in (b if progress is None else _bar(b, progress)):
+        for batch in (b if progress is None else _Bar(b, progress)):
             n += 1
             args,kw,targets = ((), {}, ()) if b.fn else model_args(model, batch, b.n_inp)
             if b.single and len(targets) > 2: raise ValueError(f'a tuple is one batch, and forward takes {len(args)} of its {len(batch)} items. '
@@ -147,9 +147,19 @@ def run_batches(
             yield out, targets
     if n == 0: raise ValueError('data has no batches.')
 
-def _bar(b, comment):
-    try: total = len(b)
-    except TypeError: total = None
-    bar = progress_bar(iter(b), total=total, leave=False)
-    bar.comment = comment
-    return bar
+class _Bar:
+    "A progress bar that appears where the work takes more than a second; `comment` can change on the way"
+    def __init__(self, items: Iterable, comment: str): self.items,self.comment,self.bar = items,comment,None
+    def __iter__(self):
+        start,it,n = time.monotonic(),iter(self.items),0
+        for o in it:
+            yield o
+            n += 1
+            if time.monotonic() - start > 1: break
+        else: return
+        try: total = len(self.items) - n
+        except TypeError: total = 'noinfer'
+        self.bar = progress_bar(it, total=total, leave=False)
+        for o in self.bar:
+            self.bar.comment = self.comment
+            yield o

@@ -149,7 +149,7 @@ class Calibration(Mapping):
     def __repr__(self): return f'{self.title}\n{self.to_frame().to_string(index=False)}'
     def _repr_html_(self): return f'<p>{self.title}</p>{self.to_frame().to_html(index=False, border=0)}'
 
-# %% ../../nbs/lowrank/calibrate.ipynb #7ecf09f2
+# %% ../../nbs/lowrank/calibrate.ipynb #6d761da7
 class _Collector:
     "Sums of all layers while the model runs"
     def __init__(self, sites, sensitivity, probes):
@@ -163,7 +163,7 @@ class _Collector:
         "Rows of `t` to count, None for all"
         lead,keep = t.shape[:-1],None
         if self.mask is not None and self.mask.numel() == lead.numel() and (lead == self.mask.shape or len(lead) == 1): keep = self.mask.flatten()
-        t = t.reshape(-1, t.shape[-1])
+        t = t.detach().as_subclass(torch.Tensor).reshape(-1, t.shape[-1])
         if not t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).isfinite():
             fine = t.isfinite().all(1)
             if keep is not None: fine = fine | ~keep     # padding is not counted as dropped
@@ -194,7 +194,7 @@ class _Collector:
         with _exact_products(rows.device): self.inputs[key].add(rows)
 
 def _rows(t, keep):
-    t = t.detach().reshape(-1, t.shape[-1])
+    t = t.detach().as_subclass(torch.Tensor).reshape(-1, t.shape[-1])   # fastai's tensors would pass their type on
     return t if keep is None else t[keep]
 
 # %% ../../nbs/lowrank/calibrate.ipynb #b260e9f1

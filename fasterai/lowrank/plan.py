@@ -22,7 +22,7 @@ from .calibrate import Calibration, NotDifferentiable, _collect
 from .factorize import Basis, factorize, shifted_bias, spectrum, trunc_error
 from .ranks import Layer, mk_policy, round_rank
 
-# %% ../../nbs/lowrank/plan.ipynb #74d81f5b
+# %% ../../nbs/lowrank/plan.ipynb #338ce051
 @dataclass(frozen=True)
 class LayerPlan(Layer):
     "The decision about one layer"
@@ -32,6 +32,7 @@ class LayerPlan(Layer):
     bias: bool = True
     readable: bool = False            # does the parent read `.weight`?
     can: bool = True                  # False: the layer cannot be decomposed, for `reason`
+    asked: bool = True                # False: left out by layers=, exclude= or PerLayer
     calibrated: bool = False          # were activations seen?
     errors: tuple[float,...]|None = None  # relative error of the output at ranks 0 to min(m, n), where the spectrum says something else
 
@@ -150,7 +151,7 @@ def _basis(s, stats):
     try: return replace(factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None), W=None)
     except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
 
-# %% ../../nbs/lowrank/plan.ipynb #dd70dd51
+# %% ../../nbs/lowrank/plan.ipynb #b138fbf4
 @torch.no_grad()
 def make_plan(
     model: nn.Module,                       # left unchanged
@@ -166,6 +167,7 @@ def make_plan(
     n_batches: int|None = None,             # batches to look at, None for all
     sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # weigh errors by their effect on the output of the model? 'auto': where the policy wants it
     loss: Callable|None = None,             # loss(output, *targets) for the sensitivity; None for random cotangents of the output
+    quiet: bool = False,                    # no warnings about layers that grow or stay
 ) -> DecompositionPlan:
     "Decide about every fully-connected layer of `model`"
     policy,sites = mk_policy(policy),find_linears(model, types=types)
@@ -188,7 +190,7 @@ def make_plan(
     ranks = policy.ranks(chosen)
     res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
         skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model), _notes(policy, chosen, stats), bases)
-    _warn(res, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
+    if not quiet: _warn(res, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
 # %% ../../nbs/lowrank/plan.ipynb #562cf544
@@ -228,7 +230,7 @@ def _left_out(model, sites, layers, exclude, policy):
             if p is None or keys[p] is None: res.setdefault(n, 'not named in PerLayer' if p is None else 'dense by PerLayer')
     return res
 
-# %% ../../nbs/lowrank/plan.ipynb #6f498cdc
+# %% ../../nbs/lowrank/plan.ipynb #13711e18
 def _row_of(s: LinearSite, spec, st, basis):
     "What is known of a layer before its rank is chosen"
     w = getattr(s.module, 'weight', None)
@@ -240,7 +242,7 @@ def _row_of(s: LinearSite, spec, st, basis):
 def _decide(row, s, left_out, rank, zero, skip_unprofitable, round_to, stats):
     "One row of the plan"
     why = s.reason or left_out
-    if why or rank is None: return replace(row, reason=why or 'dense by policy')
+    if why or rank is None: return replace(row, reason=why or 'dense by policy', asked=not left_out)
     k = 1 if zero else round_rank(_valid(rank, row), round_to)
     if skip_unprofitable and k > row.break_even:
         return replace(row, reason=f'rank {k} would not be smaller; break-even is {row.break_even}')
@@ -383,6 +385,22 @@ def edit(self:DecompositionPlan,
         if (k := ranks.get(o.name)) is None: return replace(o, rank=None, reason='dense by edit')
         return replace(o, rank=_valid(k, o), reason='' if o.rank is None else o.reason)
     return replace(self, layers=tuple(map(f, self.layers)), policy=self.policy if '(edited)' in self.policy else self.policy+' (edited)')
+
+# %% ../../nbs/lowrank/plan.ipynb #01d7e43e
+@patch
+def replan(self:DecompositionPlan, 
+    policy: 'float|int|dict|Policy',    # see `mk_policy`
+) -> DecompositionPlan:                 # a new plan; this one is left unchanged
+    "The same layers and spectra, ranks by another policy"
+    policy,rows = mk_policy(policy),[o for o in self.layers if o.can and o.asked]
+    policy.check({o.name: o.names for o in rows})
+    ranks = policy.ranks(rows)
+    def f(o):
+        k = ranks.get(o.name) if o.can and o.asked else None
+        if k is not None: return replace(o, rank=_valid(k, o), reason='' if o.rank is None else o.reason)
+        return replace(o, rank=None, reason='dense by policy') if o.can and o.asked else o
+    calibrated = [o for o in self.note.split('; ') if o.startswith('calibrated')]
+    return replace(self, layers=tuple(map(f, self.layers)), policy=repr(policy), note='; '.join(filter(None, [policy.note(rows), *calibrated])))
 
 # %% ../../nbs/lowrank/plan.ipynb #19787b6a
 _TYPE,_VERSION = 'fasterai.DecompositionPlan',1
