@@ -308,7 +308,7 @@ def _hooked(model, col):
             if p.requires_grad: stack.callback(p.requires_grad_(False).requires_grad_)
         yield
 
-# %% ../../nbs/lowrank/calibrate.ipynb #14a74f49
+# %% ../../nbs/lowrank/calibrate.ipynb #111fac81
 def calibrate(
     model: nn.Module,                        # left unchanged
     data,                                    # tensor, batches, DataLoader, DataLoaders, Learner, f(model): see `Batches`
@@ -336,8 +336,9 @@ def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, se
         for z,targets in runs:
             n += 1
             if loss is None: continue
-            with torch.enable_grad(): value = loss(z, *targets)
-            col.backward([value*col.batch])     # a mean over the batch, as losses are: back to the sum
+            with torch.enable_grad(): value = loss(z, *targets)*col.batch     # a mean over the batch, as losses are: back to the sum
+            if not value.requires_grad: raise NotDifferentiable('autograd cannot follow the loss back to a fully-connected layer')
+            col.backward([value])
     return _finish(col, n)
 
 # %% ../../nbs/lowrank/calibrate.ipynb #310515ff

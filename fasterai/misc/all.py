@@ -6,4 +6,6 @@ from fasterai.lowrank.factorize import *
 from fasterai.lowrank.ranks import *
 from fasterai.lowrank.plan import *
 from fasterai.misc.fc_decomposer import *
+from fasterai.lowrank.report import *
+from fasterai.lowrank.learner import *
 from fasterai.lowrank.cli import *
