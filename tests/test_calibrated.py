@@ -358,6 +358,8 @@ def test_routing_that_depends_on_the_data():
     for n in 'qkv':
         x = flat([x for x in data if n != 'k' or x[...,0].mean() <= 1])
         check_stats(got[n], x, Heads().get_submodule(n)(x))
+        want = oas(x.numpy())[1]
+        assert got[n].shrink == pytest.approx(want, rel=1e-9 if n == 'k' else 1) and got[n].shrink > want/2
 
 class InPlace(nn.Module):
     "Changes the shared input between its layers and after them"
@@ -433,6 +435,15 @@ def test_padding_does_not_count():
     got,want = calibrate(m, hf.BatchEncoding(padded())),calibrate(m, [dict(input_ids=s) for s in sentences()])
     assert got['bert.encoder.layer.0.attention.self.query'].rows == sum(LENGTHS) and got['classifier'].rows == len(LENGTHS)
     same_stats(got, want, tol=1e-6)
+
+class Wrapped(nn.Module):
+    "Takes the mask under another name, as a tuple of inputs"
+    def __init__(self): super().__init__(); self.hf = bert()
+    def forward(self, ids, mask): return self.hf(input_ids=ids, attention_mask=mask).logits
+
+def test_padding_does_not_count_inside_a_wrapper():
+    got,want = calibrate(Wrapped(), [tuple(padded().values())]),calibrate(bert(), padded())
+    assert {n: o.rows for n,o in got.items()} == {f'hf.{n}': o.rows for n,o in want.items()}
 
 def test_what_the_padding_holds_does_not_matter():
     m = bert()
@@ -523,6 +534,16 @@ def test_statistics_of_another_model(shape):
     stats = calibrate(linear(8, 12), rows(50, 12))
     with pytest.raises(ValueError, match='12|8'): planned(linear(*shape), 3, stats)
 
+@pytest.mark.parametrize('kw', [dict(sensitivity=True), dict(sensitivity='full'), dict(loss=F.cross_entropy), dict(n_batches=2)], ids=['sensitivity', 'full', 'loss', 'n_batches'])
+def test_what_saved_statistics_cannot_give_is_not_ignored(kw):
+    m,x = net(),rows(50, 12)
+    with pytest.raises(ValueError, match='sensitivity|loss|n_batches'): planned(m, 3, calibrate(m, x), **kw)
+
+def test_a_loss_without_sensitivity():
+    m,(x,y) = net(),labelled()
+    with pytest.raises(ValueError, match='loss= makes the sensitivity'): calibrate(m, [(x, y)], loss=F.cross_entropy)
+    with pytest.raises(ValueError, match='loss'): planned(m, 3, [(x, y)], sensitivity=False, loss=F.cross_entropy)
+
 @pytest.mark.parametrize('data', [[], iter(()), DataLoader([])], ids=['list', 'iterator', 'loader'])
 def test_no_batches(data):
     with pytest.raises(ValueError, match='no batches'): FC_Decomposer().decompose(linear(7, 12), data)
@@ -580,6 +601,9 @@ def dls_and_model():
     torch.manual_seed(0)
     return dls, nn.Sequential(nn.Flatten(), nn.Linear(3*64, 20), nn.ReLU(), nn.Linear(20, 10))
 
+def test_numpys_default_dtype():
+    same_stats(calibrate(Items(), X.numpy().astype(np.float64)), calibrate(Items(), X), tol=1e-6)
+
 @pytest.mark.parametrize('form', ['dls', 'learner', 'train', 'valid', 'one_batch'])
 def test_fastai_loaders(form):
     dls,m = dls_and_model()
@@ -598,6 +622,14 @@ def test_fastai_loaders_twice_are_the_same():
     dls,m = dls_and_model()
     a,b = (calibrate(m, dls, n_batches=1) for _ in range(2))
     assert torch.equal(a['1'].mean, b['1'].mean) and torch.equal(a['1'].cov, b['1'].cov)
+
+def test_training_images_are_not_augmented():
+    from fastai.vision.all import CategoryBlock, DataBlock, Flip, ImageBlock, IndexSplitter, ItemGetter, RandomErasing
+    imgs = [(torch.randint(0, 255, (8, 8, 3), generator=gen(i)).numpy().astype(np.uint8), i % 2) for i in range(20)]
+    def dls(tfms): return DataBlock((ImageBlock, CategoryBlock), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter([0]),
+                                    batch_tfms=tfms).dataloaders(imgs, bs=8, num_workers=0, device='cpu')
+    m = nn.Sequential(nn.Flatten(), linear(200, 192, dtype=torch.float32))
+    same_stats(calibrate(m, dls([Flip(p=1.), RandomErasing(p=1.)])), calibrate(m, dls(None)), tol=1e-5)
 
 def test_tabular_learner():
     df = pd.DataFrame(dict(a=list('xyzx')*4, b=range(16), c=range(16, 0, -1), y=list('uv')*8))
@@ -682,6 +714,15 @@ def test_model_is_left_as_found(fails, how, shuffled):
         small = plan.apply(m)
         assert small.seen.item() == m.seen.item() and small.bn.running_mean.tolist() == m.bn.running_mean.tolist()
     assert before == look(m) and torch.equal(x, was)
+
+def test_model_is_left_as_found_when_the_data_fails():
+    m = stateful()
+    def data():
+        yield rows(20, 10)
+        raise OSError('no such image')
+    batches,before = data(),look(m)
+    with pytest.raises(OSError, match='no such image'): planned(m, 3, batches, sensitivity='full')
+    assert before == look(m)
 
 def test_data_is_left_as_it_was_when_the_model_writes_to_its_input():
     class Writes(nn.Module):
@@ -846,6 +887,36 @@ def test_outputs_without_a_gradient(kind):
     with pytest.warns(UserWarning, match='sensitivity cannot be measured'): plan = planned(m, ParamBudget(.7), x)
     assert plan['fc'].calibrated and not plan['fc'].weighted
     assert not m.fc._forward_hooks and all(p.requires_grad for p in m.parameters())
+
+class Partly(nn.Module):
+    def __init__(self): super().__init__(); self.body,self.head = linear(9, 10),linear(6, 9)
+    def forward(self, x):
+        with torch.no_grad(): x = self.body(x)
+        return self.head(x.tanh())
+
+def test_a_part_without_a_gradient():
+    m,x = Partly(),rows(60, 10)
+    plan = planned(m, 3, x, sensitivity='full')
+    assert all(o.calibrated for o in plan.layers) and plan['head'].weighted and not plan['body'].weighted
+
+@pytest.mark.parametrize('kind', [iter, lambda d: (b for b in d)], ids=['iter', 'generator'])
+def test_batches_that_can_be_drawn_once(kind):
+    m,x = net(),rows(60, 12)
+    assert planned(m, ParamBudget(.7), kind(x.split(20))) == planned(m, ParamBudget(.7), list(x.split(20)))
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('how', ['full', 'diag'])
+def test_sensitivity_in_half_precision(dtype, how):
+    # gradients of 500 outputs have 11 or 8 bits, and the probes are the same
+    a,b = (calibrate(net(dtype=d), rows(500, 12).to(d), sensitivity=how) for d in (dtype, torch.float64))
+    for n in a: assert rel(a[n].sens, b[n].sens) < (.02 if dtype == torch.float16 else .1)
+
+def test_fisher_of_the_attention_output():
+    m,x = Attention(),rows(60, 16).reshape(12, 5, 16)
+    def loss(z): return (z*z).sum()/len(z)
+    got = calibrate(m, list(x.split(4)), sensitivity='full', loss=loss)['mha.out_proj']
+    g = 2*m.eval()(x).detach().flatten(0, 1)
+    torch.testing.assert_close(got.sens, g.T @ g/12, rtol=1e-9, atol=1e-12)
 
 class Checkpointed(nn.Module):
     def __init__(self, on=True): super().__init__(); self.on,self.body,self.head = on,net(),linear(3, 5)

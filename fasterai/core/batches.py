@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['Batches', 'model_args', 'left_as_found', 'run_batches']
 
-# %% ../../nbs/core/batches.ipynb #4b6d4b61
+# %% ../../nbs/core/batches.ipynb #0b148a95
 import inspect, random, time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain, islice
 import numpy as np, torch
-from fastai.torch_core import to_device
+from fastai.data.core import DataLoaders
+from fastai.torch_core import apply, to_device
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.utils.data import default_convert
 
-# %% ../../nbs/core/batches.ipynb #0e8442d1
+# %% ../../nbs/core/batches.ipynb #0d915d99
 def _train_batches(dls):
     "Batches of the training set of fastai `dls` as validation sees them; shuffled, so that the first ones are a fair sample"
     dl = dls.train
@@ -35,10 +37,10 @@ class Batches:
     ):
         if n_batches is not None and (isinstance(n_batches, bool) or not isinstance(n_batches, int) or n_batches < 1):
             raise ValueError(f'n_batches must be an int of at least 1, or None for all, got {n_batches!r}.')
-        self.dls = getattr(data, 'dls', data) if not isinstance(data, nn.Module) else data   # of a Learner
+        self.dls = data.dls if isinstance(getattr(data, 'dls', None), DataLoaders) else data     # of a Learner
         self.n_batches = n_batches
         self.single = isinstance(self.dls, (torch.Tensor, np.ndarray, Mapping, tuple))
-        self.loaders = not self.single and hasattr(self.dls, 'train') and hasattr(self.dls, 'valid')
+        self.loaders = isinstance(self.dls, DataLoaders)
         self.fn = self.dls if not self.single and not isinstance(self.dls, Iterable) and callable(self.dls) else None
         if isinstance(data, (nn.Module, str, bytes)) or not (self.single or self.loaders or self.fn or isinstance(self.dls, Iterable)):
             raise TypeError('data must be a tensor, a dict or tuple (one batch), an iterable of batches, a DataLoader, DataLoaders, a Learner, '
@@ -61,7 +63,7 @@ class Batches:
         dl = self.dls.train if self.loaders else self.dls
         return getattr(dl, 'n_inp', None) if not self.single and not self.fn else None
 
-# %% ../../nbs/core/batches.ipynb #cc60638b
+# %% ../../nbs/core/batches.ipynb #29889982
 def _inner(model): return next((_inner(m) for k in ('module','_orig_mod') if isinstance(m := getattr(model, k, None), nn.Module)), model)
 
 def _forward_params(model):
@@ -71,6 +73,10 @@ def _forward_params(model):
     needed = sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in named)
     return {p.name for p in named}, needed, any(p.kind is p.VAR_POSITIONAL for p in ps), any(p.kind is p.VAR_KEYWORD for p in ps)
 
+def _from_numpy(o, dtype):
+    "Floating-point arrays in the dtype of the model: NumPy makes float64 unasked"
+    return torch.as_tensor(o, dtype=dtype) if isinstance(o, np.ndarray) and o.dtype.kind == 'f' else o
+
 def model_args(
     model: nn.Module,
     batch,                     # tensor, array, dict, or a tuple or list of inputs and maybe targets
@@ -79,7 +85,7 @@ def model_args(
     "The arguments of `model` for `batch`, on its device, and the targets"
     t = next(chain(model.parameters(), model.buffers()), None)
     if isinstance(batch, Mapping): batch = dict(batch)
-    batch = default_convert(batch)
+    batch = default_convert(apply(partial(_from_numpy, dtype=t.dtype if t is not None and t.is_floating_point() else None), batch))
     if t is not None: batch = to_device(batch, t.device)
     names,needed,anything,any_name = _forward_params(model)
     if isinstance(batch, Mapping):
@@ -126,7 +132,7 @@ def left_as_found(
         for p,f in zip(params, flags):
             if p.requires_grad != f: p.requires_grad_(f)
 
-# %% ../../nbs/core/batches.ipynb #ba1de904
+# %% ../../nbs/core/batches.ipynb #7caf6f20
 def run_batches(
     model: nn.Module,           # in eval mode while it runs, left as found
     data,                       # see `Batches`
@@ -138,6 +144,7 @@ def run_batches(
     "Outputs of `model` on every batch of `data`"
     b,n = Batches(data, n_batches),0
     with left_as_found(model):
+        _seed()
         for batch in (b if progress is None else _Bar(b, progress)):
             n += 1
             args,kw,targets = ((), {}, ()) if b.fn else model_args(model, batch, b.n_inp)
@@ -146,6 +153,12 @@ def run_batches(
             with torch.set_grad_enabled(grad): out = b.fn(model) if b.fn else model(*args, **kw)
             yield out, targets
     if n == 0: raise ValueError('data has no batches.')
+
+def _seed():
+    "Shuffled loaders give the same batches each time"
+    torch.default_generator.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 class _Bar:
     "A progress bar that appears where the work takes more than a second; `comment` can change on the way"

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.modules import _double, _warn_user, LinearSite, find_linears, select
 from ..core.batches import run_batches
 
-# %% ../../nbs/lowrank/calibrate.ipynb #e1044baf
+# %% ../../nbs/lowrank/calibrate.ipynb #8ecddd60
 @contextmanager
 def _exact_products(device):
     "No TF32, no autocast"
@@ -32,30 +32,31 @@ def _exact_products(device):
         with torch.autocast(device.type, enabled=False): yield
     finally: torch.set_float32_matmul_precision(before)
 
+_SAMPLE = 256   # rows kept at most, for the shrinkage
+
 class _Moments:
     "Running sums of rows (N, d): mean, trace of the covariance and, with `gram`, the covariance itself"
     def __init__(self, gram: bool, centred: bool = True):
-        self.want,self.centred,self.n,self.shift = gram,centred,0,None
-        self.sum = self.sq = self.sq4 = self.off = 0.
-        self.pairs,self.G,self.buf,self.held = 0,None,[],0
+        self.want,self.centred,self.n,self.shift,self.sum,self.sq = gram,centred,0,None,0.,0.
+        self.G,self.buf,self.held,self.rows,self.every = None,[],0,[],1
 
     def add(self, x: torch.Tensor): # (N, d), finite
         if len(x) == 0: return
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.shift is None: self.shift = x.mean(0) if self.centred else x.new_zeros(x.shape[1])
         d = x - self.shift
-        r2 = _double(d.square().sum(1))
+        self._sample(d)
         self.n += len(d)
-        self.sum,self.sq,self.sq4 = self.sum + _double(d.sum(0)),self.sq + r2.sum(),self.sq4 + r2.square().sum()
-        if not self.want: return self._sample(d[::max(1, len(d)//64)][:64])
+        self.sum,self.sq = self.sum + _double(d.sum(0)),self.sq + _double(d.square().sum(1)).sum()
+        if not self.want: return
         self.buf.append(d)
         self.held += len(d)
-        if self.held >= max(256, d.shape[1]//4): self.flush()
+        if self.held >= max(1024, d.shape[1]//2): self.flush()
 
     def _sample(self, d):
-        "Squared inner products of pairs of rows: their mean is that of tr C²"
-        K = _double(d @ d.T)
-        self.off,self.pairs = self.off + K.square().sum() - K.diagonal().square().sum(),self.pairs + len(d)*(len(d)-1)
+        "Keep every so-manieth row of all: every other one goes when there are too many"
+        self.rows.append(d[-self.n % self.every::self.every].clone())
+        while sum(map(len, self.rows)) > _SAMPLE: self.rows,self.every = [torch.cat(self.rows)[::2].clone()],2*self.every
 
     def flush(self):
         if not self.buf: return
@@ -63,13 +64,13 @@ class _Moments:
         P,self.buf,self.held = _double(d.T @ d),[],0
         self.G = P if self.G is None else self.G.add_(P)
 
-# %% ../../nbs/lowrank/calibrate.ipynb #c50dce80
+# %% ../../nbs/lowrank/calibrate.ipynb #1a4eb99c
 @patch
 def about(self:_Moments, shift):
     "The same sums about the point `shift`"
     self.flush()
     res,e = _Moments(self.want, self.centred),_double(self.shift) - _double(shift)
-    res.n,res.shift,res.pairs,res.off,res.sq4 = self.n,shift,self.pairs,self.off,self.sq4
+    res.n,res.shift,res.rows = self.n,shift,[r + e.to(r) for r in self.rows]
     res.sum,res.sq = self.sum + self.n*e,self.sq + 2*(e @ self.sum) + self.n*(e @ e)
     if self.G is not None:
         res.G = self.G + torch.outer(self.sum, e) + torch.outer(e, self.sum) + self.n*torch.outer(e, e)
@@ -81,8 +82,8 @@ def _merge(parts):
     if len(parts) < 2: return parts[0] if parts else None
     res,*rest = [p.about(parts[0].shift) for p in parts]
     for p in rest:
-        for k in ('n','sum','sq','sq4','off','pairs'): setattr(res, k, getattr(res, k) + getattr(p, k))
-        if res.G is not None: res.G = res.G + p.G
+        for k in ('n','sum','sq','rows'): setattr(res, k, getattr(res, k) + getattr(p, k))
+        res.G = None if res.G is None or p.G is None else res.G + p.G
     return res
 
 @patch
@@ -96,7 +97,7 @@ def cov(self:_Moments):
     mu = self.sum/self.n
     return self.G.div(self.n).sub_(torch.outer(mu, mu))
 
-# %% ../../nbs/lowrank/calibrate.ipynb #874055c0
+# %% ../../nbs/lowrank/calibrate.ipynb #927d9eb2
 def oas_shrinkage(
     N: int,         # rows
     n: int,         # features
@@ -111,11 +112,16 @@ def oas_shrinkage(
 def shrinkage(self:_Moments):
     if self.n < 2: return 1.
     tr,n = self.trace(),len(self.shift)
-    if self.want: tr2 = self.cov().square().sum()
-    else: tr2 = (self.sq4 + self.n*(self.n-1)*(self.off/self.pairs if self.pairs else 0.))/self.n**2
+    self.flush()
+    if self.G is not None: tr2 = self.cov().square().sum()
+    else:
+        d = _double(torch.cat(self.rows)) - self.sum/self.n
+        K = (d @ d.T).square()
+        on,b = K.diagonal().sum(),len(d)
+        tr2 = (on/b + (self.n-1)*(K.sum() - on)/(b*(b-1)))/self.n
     return oas_shrinkage(self.n, n, tr, max(float(tr2), tr*tr/n))
 
-# %% ../../nbs/lowrank/calibrate.ipynb #b261f45c
+# %% ../../nbs/lowrank/calibrate.ipynb #e47270b2
 Sensitivity = Literal['full','diag']
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +134,13 @@ class LayerStats:
     shrink: float                   # shrinkage λ
     dropped: int = 0                # rows left out: not finite
     positions: float = 1.           # rows per item of a batch
-    sens: torch.Tensor|None = None  # H (m, m) if m <= n, else WᵀHW (n, n); or the diagonal of H (m,); None for H = I
+    sens: torch.Tensor|None = None  # H (m, m) if m <= n, else WᵀHW (n, n); or the diagonal of H (m,); None where it is not known: H = I
     sens_mean: float = 0.           # mean of the diagonal of H
 
 class Calibration(Mapping):
     "Statistics of all layers that were reached: name -> `LayerStats`"
-    def __init__(self, layers: Mapping[str,LayerStats], *, batches: int = 0, missing: Mapping[str,str]|None = None, note: str = ''):
-        self.layers,self.batches,self.missing,self.note = dict(layers),batches,dict(missing or {}),note
+    def __init__(self, layers: Mapping[str,LayerStats], *, batches: int = 0, missing: Mapping[str,str]|None = None, sensitivity: str = ''):
+        self.layers,self.batches,self.missing,self.sensitivity = dict(layers),batches,dict(missing or {}),sensitivity
     def __getitem__(self, name: str) -> LayerStats: return self.layers[name]
     def __iter__(self): return iter(self.layers)
     def __len__(self): return len(self.layers)
@@ -145,11 +151,11 @@ class Calibration(Mapping):
             columns='layer rows dropped features shrinkage sensitivity'.split())
     @property
     def title(self) -> str:
-        return f'{len(self)} layers, {self.batches} batches' + (f'; {self.note}' if self.note else '')
+        return f'{len(self)} layers, {self.batches} batches' + ''.join(f'; {n}: {why}' for n,why in self.missing.items())
     def __repr__(self): return f'{self.title}\n{self.to_frame().to_string(index=False)}'
     def _repr_html_(self): return f'<p>{self.title}</p>{self.to_frame().to_html(index=False, border=0)}'
 
-# %% ../../nbs/lowrank/calibrate.ipynb #6d761da7
+# %% ../../nbs/lowrank/calibrate.ipynb #7ed80ac3
 class _Collector:
     "Sums of all layers while the model runs"
     def __init__(self, sites, sensitivity, probes):
@@ -157,7 +163,7 @@ class _Collector:
         self.inputs,self.outputs = {},{s.name: _Moments(True) for s in sites if s.out_features <= s.in_features}
         self.sens,self.dropped = {},dict.fromkeys(self.sites, 0)
         self.last,self.group,self.mask,self.edges = None,(),None,[]
-        self.z,self.items,self.batch = {},0,0
+        self.z,self.items,self.batch,self.probed,self.replay = {},0,0,set(),False
 
     def _keep(self, t, name):
         "Rows of `t` to count, None for all"
@@ -175,7 +181,7 @@ class _Collector:
     def see(self, s, x, y):
         "Layer `s` turned `x` into `y`"
         version = None if x.is_inference() else x._version
-        if self.last is None or self.last[0] is not x or self.last[1] != version:
+        if self.last is None or self.last[0] is not x or version is None or self.last[1] != version or s.name in self.group:
             self.commit()
             keep = self._keep(x, s.name)
             self.last,self.group = (x, version, keep, _rows(x, keep).clone()),()     # a copy: the model may change x in place
@@ -197,20 +203,25 @@ def _rows(t, keep):
     t = t.detach().as_subclass(torch.Tensor).reshape(-1, t.shape[-1])   # fastai's tensors would pass their type on
     return t if keep is None else t[keep]
 
-# %% ../../nbs/lowrank/calibrate.ipynb #b260e9f1
+# %% ../../nbs/lowrank/calibrate.ipynb #b0e18988
 MAX_DENSE_SENS = 8192   # a dense H larger than this becomes its diagonal
 
 @patch
 def probe(self:_Collector, s, y):
     "Remember where the gradient at `y` will be; a `y` that nothing before it needs a gradient for starts the graph"
+    if not torch.is_grad_enabled(): return y        # the model itself runs this part without gradients
     if not y.requires_grad: y = y.detach().requires_grad_().clone()
+    if self.replay: return y
+    self.probed.add(s.name)
     self.edges.append((s, get_gradient_edge(y), y.shape, self.last[2]))   # an edge stays right where `y` is changed in place later
     return y
 
 @patch
 def backward(self:_Collector, zs, vs=None):
     "Add the gradients of the sum of all `z*v` at every layer to its H"
-    gs = torch.autograd.grad(zs, [e for _,e,_,_ in self.edges], vs, allow_unused=True) if self.edges else ()
+    self.replay = True      # checkpointed parts run again now, which is not to be counted
+    try: gs = torch.autograd.grad(zs, [e for _,e,_,_ in self.edges], vs, allow_unused=True) if self.edges else ()
+    finally: self.replay = False
     for (s,_,shape,keep),g in zip(self.edges, gs):
         if g is not None: self._add_grad(s, _rows(g.reshape(shape), keep))
     self.edges = []
@@ -279,13 +290,16 @@ class _Watch(TorchFunctionMode):
         x,attn = f(**o | {name: torch.eye(len(W), dtype=W.dtype, device=W.device), 'out_proj_bias': None})   # what out_proj gets
         return self.call(s, x, F.linear(x, W, b)), attn
 
-# %% ../../nbs/lowrank/calibrate.ipynb #3514a164
+# %% ../../nbs/lowrank/calibrate.ipynb #21bb9bde
 def _forward_mask(model, args, kwargs):
     "The padding mask (batch, tokens) among the arguments of `forward`, as bool"
-    try: given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    except TypeError: return None
-    m = given.get('attention_mask', given.get('kwargs', {}).get('attention_mask') if isinstance(given.get('kwargs'), Mapping) else None)
+    m = kwargs.get('attention_mask')
+    if m is None:
+        try: m = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get('attention_mask')
+        except TypeError: return None
     return m.bool() if isinstance(m, torch.Tensor) and m.ndim == 2 and not (m.is_floating_point() and (m < 0).any()) else None
+
+def _takes_mask(m): return 'attention_mask' in inspect.signature(m.forward).parameters
 
 @contextmanager
 def _hooked(model, col):
@@ -293,22 +307,25 @@ def _hooked(model, col):
     sites = list(col.sites.values())
     read = [s for s in sites if s.reader and isinstance(s.module, nn.Linear) and s.reader != 'its own hooks']
     def call(s, x, y):
-        col.see(s, x, y)
+        if not col.replay: col.see(s, x, y)
         return col.probe(s, y) if col.sensitivity else y
-    def mask(m, args, kwargs): col.mask = _forward_mask(m, args, kwargs)
+    def mask(m, args, kwargs):
+        if m is model: col.mask = None
+        if (found := _forward_mask(m, args, kwargs)) is not None: col.mask = found
     with ExitStack() as stack:
         def on(h): stack.callback(h.remove)
         for s in sites:
             if s in read: continue
             on(s.module.register_forward_hook(lambda m, args, kw, y, s=s: call(s, args[0] if args else next(iter(kw.values())), y), with_kwargs=True))
-        on(model.register_forward_pre_hook(mask, with_kwargs=True))
+        for m in model.modules():
+            if m is model or _takes_mask(m): on(m.register_forward_pre_hook(mask, with_kwargs=True))
         on(model.register_forward_hook(lambda m, args, z: col.end(z)))
         if read: stack.enter_context(_Watch(call, read))
         for p in (model.parameters() if col.sensitivity else ()):     # the graph begins at the first layer
             if p.requires_grad: stack.callback(p.requires_grad_(False).requires_grad_)
         yield
 
-# %% ../../nbs/lowrank/calibrate.ipynb #111fac81
+# %% ../../nbs/lowrank/calibrate.ipynb #45f5bd98
 def calibrate(
     model: nn.Module,                        # left unchanged
     data,                                    # tensor, batches, DataLoader, DataLoaders, Learner, f(model): see `Batches`
@@ -332,7 +349,7 @@ def calibrate(
 def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, seed=0):
     if any(p.is_meta for p in model.parameters()): raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
     col,n = _Collector(sites, sensitivity, None if loss else torch.Generator().manual_seed(seed)),0
-    with _hooked(model, col), closing(run_batches(model, data, n_batches=n_batches, grad=bool(sensitivity), progress='calibrate')) as runs:
+    with torch.inference_mode(False), _hooked(model, col), closing(run_batches(model, data, n_batches=n_batches, grad=bool(sensitivity), progress='calibrate')) as runs:
         for z,targets in runs:
             n += 1
             if loss is None: continue
@@ -341,11 +358,12 @@ def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, se
             col.backward([value])
     return _finish(col, n)
 
-# %% ../../nbs/lowrank/calibrate.ipynb #310515ff
+# %% ../../nbs/lowrank/calibrate.ipynb #2e25f16b
 def _sens(col, s):
     "H of layer `s` on its smaller side, and the mean of its diagonal"
     acc = col.sens.get(s.name)
-    if acc is None or not acc['diag'].any(): return None, 0.
+    if s.name not in col.probed: return None, 0.
+    if acc is None or not acc['diag'].any(): return torch.zeros(s.out_features, dtype=torch.float64), 0.     # no effect on the output
     n = col.items if col.probes is None else max(a.n for a in col.z.values())
     d,full = acc['diag']/n,acc['full']
     full.flush()
@@ -354,17 +372,20 @@ def _sens(col, s):
 def _finish(col, batches):
     "Statistics from sums"
     res,missing = {},{}
+    col.commit()
     for name,s in col.sites.items():
         x = _merge([a for key,a in col.inputs.items() if name in key])
         out = col.outputs.get(name, x)
-        if x is None or not out.n: missing[name] = 'not reached by the data' if x is None else 'no finite row in the data'; continue
+        if x is None or not out.n:
+            missing[name] = f'none of its {col.dropped[name]} rows is finite' if col.dropped[name] else 'not reached by the data'
+            continue
         if not math.isfinite(x.trace()): missing[name] = 'its inputs overflow'; continue
         H,h = _sens(col, s)
         res[name] = LayerStats(x.n, x.mean(), out.cov(), x.trace(), x.shrinkage(), col.dropped[name], x.n/max(1, col.items), H, h)
         col.outputs.pop(name, None)     # sums are large: free what has been used
-    return Calibration(res, batches=batches, missing=missing)
+    return Calibration(res, batches=batches, missing=missing, sensitivity=(col.sensitivity or '') + (' of a loss' if col.probes is None else ''))
 
-# %% ../../nbs/lowrank/calibrate.ipynb #fa987157
+# %% ../../nbs/lowrank/calibrate.ipynb #5542780a
 _TYPE,_VERSION = 'fasterai.Calibration','1'
 
 @patch
@@ -378,7 +399,7 @@ def save(self:Calibration,
     if path.exists() and not overwrite: raise FileExistsError(f'{path} exists. Pass overwrite=True to replace it.')
     tensors = {f'{n}/{k}': t.contiguous().clone() for n,o in self.items() for k in ('mean','cov','sens') if (t := getattr(o, k)) is not None}
     rows = {n: {f.name: v for f in fields(o) if not isinstance(v := getattr(o, f.name), torch.Tensor)} for n,o in self.items()}
-    meta = dict(type=_TYPE, version=_VERSION, layers=json.dumps(rows), missing=json.dumps(self.missing), batches=str(self.batches), note=self.note)
+    meta = dict(type=_TYPE, version=_VERSION, layers=json.dumps(rows), missing=json.dumps(self.missing), batches=str(self.batches), sensitivity=self.sensitivity)
     fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name+'.')
     os.close(fd)
     try:
@@ -401,4 +422,4 @@ def load(cls:Calibration,
                       for n,row in json.loads(meta['layers']).items()}
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise ValueError(f'{path} is not a readable file of statistics: {e}.') from None
-    return cls(layers, batches=int(meta['batches']), missing=json.loads(meta['missing']), note=meta['note'])
+    return cls(layers, batches=int(meta['batches']), missing=json.loads(meta['missing']), sensitivity=meta['sensitivity'])

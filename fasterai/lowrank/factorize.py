@@ -6,9 +6,9 @@
 __all__ = ['Solver', 'SVD_BELOW', 'RIDGE', 'DAMPING', 'pick_solver', 'gram', 'spectrum', 'trunc_error', 'Basis', 'balance',
            'residual', 'factorize', 'shifted_bias', 'break_even']
 
-# %% ../../nbs/lowrank/factorize.ipynb #f05e6199
+# %% ../../nbs/lowrank/factorize.ipynb #cd9c8cfb
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 import torch
 from torch import nn
@@ -220,7 +220,7 @@ def _eig(M, W, solver):
     def by_svd(_): Q,e,_ = torch.linalg.svd(M); return check(e, Q, 'svd')
     return _solve(W, 'svd' if solver == 'svd' else 'gram', dict(gram=by_eigh, svd=by_svd), 'calibrated directions')
 
-# %% ../../nbs/lowrank/factorize.ipynb #2c002b60
+# %% ../../nbs/lowrank/factorize.ipynb #c7a88bae
 def _weight_gram(W, st):
     "WᵀHW (n, n) of a tall weight, damped"
     if st.sens is None: return gram(W)
@@ -253,6 +253,10 @@ def _directions(W, st, S, solver):
 
 def _calibrated(W, st, centred, solver):
     (m,n),wide = W.shape,W.shape[0] <= W.shape[1]
+    if st.sens is not None and not st.sens_mean:    # the output does not depend on this layer: its errors cost nothing
+        b = _calibrated(W, replace(st, sens=None), centred, solver)
+        E = torch.cat([b.S.square().flip(0).cumsum(0).flip(0), b.S.new_zeros(1)])
+        return replace(b, S=torch.zeros_like(b.S), errors=tuple((E/E[0].clamp(min=1e-300)).sqrt().tolist()), weighted=True)
     dev = _double(W[:0]).device
     C,mean,t = st.cov.to(dev),st.mean.to(dev),st.trace/n or 1.
     S = (1-st.shrink)*C + (st.shrink+RIDGE)*t*(gram(W) if wide else torch.eye(n, dtype=C.dtype, device=dev))

@@ -52,7 +52,7 @@ class LayerPlan(Layer):
     @property
     def shape(self) -> str: return f'{self.kind}({self.in_features}→{self.out_features})'
 
-# %% ../../nbs/lowrank/plan.ipynb #7855e3cb
+# %% ../../nbs/lowrank/plan.ipynb #c4134117
 @dataclass(frozen=True)
 class DecompositionPlan:
     "What happens to each fully-connected layer of a model"
@@ -60,6 +60,7 @@ class DecompositionPlan:
     policy: str = ''                  # how the ranks were chosen
     params: int = 0                   # parameters of the whole model before
     note: str = ''                    # what else there is to say about the ranks
+    sensitivity: str = ''             # what the errors of calibrated layers were weighed by: 'full', 'diag', '' for not at all
     bases: Mapping[str,Basis] = field(default_factory=dict, compare=False, repr=False) # factors to be cut, of calibrated layers; not saved
 
     @property
@@ -116,7 +117,7 @@ def __repr__(self:DecompositionPlan):
 def _repr_html_(self:DecompositionPlan):
     return f'<p>{self.title}</p>' + (self._shown().to_html(**_fmt, border=0) if self.layers else '')
 
-# %% ../../nbs/lowrank/plan.ipynb #68566bd0
+# %% ../../nbs/lowrank/plan.ipynb #9553b700
 _BAR_FROM = 2e10  # multiply-adds of factorization, about two seconds on two cores
 
 def _progress(sites, verb):
@@ -148,10 +149,13 @@ def _spectrum(s):
 
 def _basis(s, stats):
     "Calibrated basis of layer `s`, without its weight"
+    r,shape = min(s.weight.shape),(len(stats.mean), len(stats.cov))
+    if shape != (s.in_features, r): raise ValueError(f'the statistics of {s.name!r} are those of a layer with {shape[0]} inputs and smaller side {shape[1]}, '
+        f'the model has Linear({s.in_features}→{s.out_features}). Were they collected on another model?')
     try: return replace(factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None), W=None)
     except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
 
-# %% ../../nbs/lowrank/plan.ipynb #b138fbf4
+# %% ../../nbs/lowrank/plan.ipynb #656958b3
 @torch.no_grad()
 def make_plan(
     model: nn.Module,                       # left unchanged
@@ -189,11 +193,11 @@ def make_plan(
     chosen = [rows[s.name] for s in todo if s.name not in left_out]
     ranks = policy.ranks(chosen)
     res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
-        skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model), _notes(policy, chosen, stats), bases)
+        skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model), _notes(policy, chosen, stats), stats.sensitivity, bases)
     if not quiet: _warn(res, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
-# %% ../../nbs/lowrank/plan.ipynb #562cf544
+# %% ../../nbs/lowrank/plan.ipynb #4b799240
 def _statistics(model, data, sites, policy, n_batches, sensitivity, loss):
     "Statistics of the layers `sites`, an empty `Calibration` without data"
     if sensitivity not in (True, False, None, 'auto', 'full', 'diag'):
@@ -201,14 +205,24 @@ def _statistics(model, data, sites, policy, n_batches, sensitivity, loss):
     if data is None:
         if loss is not None or sensitivity in (True, 'full', 'diag'): raise ValueError('sensitivity and loss= need data: pass data= too.')
         return Calibration({})
-    if isinstance(data, Calibration): return data
     how = {True: 'full', 'auto': 'full' if policy.wants_sensitivity or loss is not None else None}.get(sensitivity, sensitivity or None)
+    if loss is not None and how is None: raise ValueError('loss= makes the sensitivity, which sensitivity=False leaves out. Pass only one of the two.')
+    if isinstance(data, Calibration): return _as_asked(data, how, sensitivity, n_batches, loss)
     args = (model, data, sites, n_batches)
     if sensitivity != 'auto' or loss is not None or how is None or isinstance(data, Iterator): return _collect(*args, how, loss)
     try: return _collect(*args, how)
     except NotDifferentiable as e:
         _warn_user(f'the sensitivity cannot be measured ({e}): errors of all layers count alike. sensitivity=False avoids this warning.')
         return _collect(*args)
+
+def _as_asked(stats, how, sensitivity, n_batches, loss):
+    "Statistics collected before, without the sensitivity where it is not wanted"
+    if n_batches is not None or loss is not None: raise ValueError('data is a Calibration: n_batches and loss= are for collecting one.')
+    if sensitivity in (True, 'full', 'diag') and not (stats.sensitivity if how == 'full' and sensitivity is True else stats.sensitivity.startswith(how)):
+        raise ValueError(f'sensitivity={sensitivity!r}, but the statistics hold {stats.sensitivity or "none"}. '
+                         f'Collect them with calibrate(model, data, sensitivity={how!r}).')
+    if sensitivity or not stats.sensitivity: return stats
+    return Calibration({n: replace(o, sens=None) for n,o in stats.items()}, batches=stats.batches, missing=stats.missing)
 
 def _notes(policy, rows, stats):
     return '; '.join(o for o in (policy.note(rows), f'calibrated on {stats.batches} batches' if stats else '') if o)
@@ -230,7 +244,7 @@ def _left_out(model, sites, layers, exclude, policy):
             if p is None or keys[p] is None: res.setdefault(n, 'not named in PerLayer' if p is None else 'dense by PerLayer')
     return res
 
-# %% ../../nbs/lowrank/plan.ipynb #13711e18
+# %% ../../nbs/lowrank/plan.ipynb #daa46d0b
 def _row_of(s: LinearSite, spec, st, basis):
     "What is known of a layer before its rank is chosen"
     w = getattr(s.module, 'weight', None)
@@ -249,6 +263,7 @@ def _decide(row, s, left_out, rank, zero, skip_unprofitable, round_to, stats):
     remark = ['zero weight'] if zero else []
     if row.aliases: remark.append(f'also known as {", ".join(row.aliases)}')
     if s.reader: remark.append(f'offers .weight to {s.reader}')
+    if len(stats) and s.name not in stats and s.name not in stats.missing: remark.append('plain SVD: the statistics do not speak of it')
     if s.name in stats.missing: remark.append(f'plain SVD: {stats.missing[s.name]}')
     if s.name in stats and stats[s.name].dropped: remark.append(f'{stats[s.name].dropped} of the inputs were not finite and are not counted')
     return replace(row, rank=k, reason='; '.join(remark))
@@ -299,7 +314,7 @@ def _bias(layer):
     b = layer.bias
     return None if b is None else nn.Parameter(b.detach().clone(), b.requires_grad)
 
-# %% ../../nbs/lowrank/plan.ipynb #fed95edf
+# %% ../../nbs/lowrank/plan.ipynb #50161db2
 @patch
 def apply(self:DecompositionPlan, 
     model: nn.Module,   # same architecture as the one planned for; left unchanged
@@ -329,8 +344,10 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
         return self.bases
     stats = data
     if not isinstance(data, Calibration):
-        how = 'full' if any(self[s.name].weighted for s in want) else None
-        stats = _collect(model, data, want, n_batches, how)
+        if 'loss' in self.sensitivity: raise ValueError('the plan was made with loss=, which a file does not hold. Pass data=calibrate(model, …, loss=…).')
+        stats = _collect(model, data, want, n_batches, self.sensitivity or None)
+    elif stats.sensitivity != self.sensitivity:
+        raise ValueError(f'the plan was made with sensitivity {self.sensitivity or "none"}, the statistics hold {stats.sensitivity or "none"}.')
     if (lost := [s.name for s in want if s.name not in stats]):
         raise ValueError(f'data says nothing about {lost[0]!r}' + (f': {stats.missing[lost[0]]}.' if lost[0] in stats.missing else '.'))
     return {s.name: b for s in _progress(want, 'spectra') if (b := _basis(s, stats[s.name])) is not None}
@@ -429,7 +446,7 @@ def _umask():
     os.umask(m)
     return m
 
-# %% ../../nbs/lowrank/plan.ipynb #c65b9c4a
+# %% ../../nbs/lowrank/plan.ipynb #6348113e
 @patch
 def save(self:DecompositionPlan, 
     path: str|os.PathLike,   # file to write
@@ -437,7 +454,7 @@ def save(self:DecompositionPlan,
     overwrite: bool = False, # replace an existing file?
 ) -> Path:
     "Write the plan as JSON"
-    return write_atomic(path, json.dumps(dict(type=_TYPE, version=_VERSION, policy=self.policy, params=self.params, note=self.note,
+    return write_atomic(path, json.dumps(dict(type=_TYPE, version=_VERSION, policy=self.policy, params=self.params, note=self.note, sensitivity=self.sensitivity,
         layers=[asdict(o) for o in self.layers]), ensure_ascii=False, indent=1), overwrite=overwrite)
 
 def _row(d):
@@ -456,7 +473,7 @@ def load(cls:DecompositionPlan,
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not a plan: not valid JSON ({e}).') from None
     if not isinstance(d, dict) or d.get('type') != _TYPE: raise ValueError(f'{path} is not a plan: its type is not {_TYPE!r}.')
     if d.get('version') != _VERSION: raise ValueError(f'{path} has plan version {d.get("version")!r}, this fasterai reads {_VERSION}.')
-    try: return cls(tuple(map(_row, d['layers'])), d['policy'], d['params'], d.get('note', ''))
+    try: return cls(tuple(map(_row, d['layers'])), d['policy'], d['params'], d.get('note', ''), d.get('sensitivity', ''))
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} is a damaged plan: {e}.') from None
 
 # %% ../../nbs/lowrank/plan.ipynb #38d36766

@@ -187,22 +187,24 @@ def _choices(self, layers):
         res.append((np.append(ks, 0), np.append(ks*float(o.in_features+o.out_features), o.weight_params)*u, np.append(left[ks], 0.)))
     return res
 
-# %% ../../nbs/lowrank/ranks.ipynb #6eb0aa4e
+# %% ../../nbs/lowrank/ranks.ipynb #ae598806
 def _knapsack(choices, budget):
     "Index of one choice per layer: dynamic programming over costs in units of the budget"
-    unit = budget/_UNITS
-    best,picks = np.zeros(_UNITS+1),[]
+    exact = math.gcd(*(int(c) for _,cost,_ in choices for c in cost)) if all((cost % 1 == 0).all() for _,cost,_ in choices) else 0
+    unit = exact if exact and budget/exact < _UNITS else budget/_UNITS
+    top = math.floor(budget/unit + 1e-9)
+    best,picks = np.zeros(top+1),[]
     for _,cost,err in choices:
         c = np.ceil(cost/unit - 1e-9).astype(int)
-        new,pick = np.full(_UNITS+1, np.inf),np.full(_UNITS+1, -1)
-        for i in np.flatnonzero(c <= _UNITS):
-            t = best[:_UNITS+1-c[i]] + err[i]
+        new,pick = np.full(top+1, np.inf),np.full(top+1, -1)
+        for i in np.flatnonzero(c <= top):
+            t = best[:top+1-c[i]] + err[i]
             at = t < new[c[i]:]
             new[c[i]:][at],pick[c[i]:][at] = t[at],i
         best = new
         picks.append((pick, c))
     if not np.isfinite(best[-1]): return None
-    at,res = _UNITS,[]
+    at,res = top,[]
     for pick,c in reversed(picks):
         res.append(pick[at])
         at -= c[pick[at]]

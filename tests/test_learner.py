@@ -1,0 +1,1157 @@
+"What a decomposed Learner, rank_find, SelfDistillation, refine and replan promise, against computations of their own"
+import copy, random, re
+import matplotlib, matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional as F
+from fastai.metrics import *
+from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, FetchPredsCallback, GradientAccumulation,
+    L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MixUp, MSELossFlat, SGD, load_learner, params, vision_learner)
+from scipy.special import log_softmax, softmax
+from torch import nn
+from torchvision.models import resnet18
+from fasterai.lowrank.cli import digits_dls
+from fasterai.misc.all import *
+
+matplotlib.use('agg')
+pytestmark = [pytest.mark.filterwarnings('ignore:.*(layers grew|singular v|GradScaler is enabled|CUDA is not available|nothing to decompose):UserWarning'),
+              pytest.mark.filterwarnings('ignore::FutureWarning')]
+
+# ------------------------------------------------------------------ helpers
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0); random.seed(0); np.random.seed(0)
+    yield
+    plt.close('all')
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+def points(n=400):
+    "Correlated rows (n, 20) and their classes out of 4"
+    g = gen()
+    x = torch.randn(n, 20, generator=g)@(torch.randn(20, 20, generator=g)*.8**torch.arange(20)) + .3
+    return x, (torch.tanh(x)@torch.randn(20, 4, generator=g)).argmax(1)
+
+def mk_dls(x, y, n_valid=100, bs=50):
+    items = list(zip(x, y))
+    return DataLoaders(DataLoader(items[n_valid:], bs=bs, shuffle=True), DataLoader(items[:n_valid], bs=30), device=torch.device('cpu'))
+
+def mlp(out=4, bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 32, bias), nn.ReLU(), nn.Linear(32, 24, bias), nn.ReLU(), nn.Linear(24, out, bias))
+
+_states = {}
+def learner(kind='class', metrics=accuracy, loss_func=None, model=None, **kw):
+    "A Learner on 20 numbers, trained once for all tests"
+    x,y = points()
+    if kind == 'number': y = (x[:,:3].tanh()*torch.tensor([1.,2.,-1.])).float()
+    loss = loss_func or (CrossEntropyLossFlat() if kind == 'class' else MSELossFlat())
+    dls,m = mk_dls(x, y),mlp(4 if kind == 'class' else 3)
+    if kind not in _states:
+        fit(Learner(dls, m, loss_func=CrossEntropyLossFlat() if kind == 'class' else MSELossFlat()), 8, 5e-3)
+        _states[kind] = m.state_dict()
+    m.load_state_dict(copy.deepcopy(_states[kind]))
+    return Learner(dls, m if model is None else model, loss_func=loss, metrics=metrics if kind == 'class' else (), **kw)
+
+def fit(learn, *args, **kw):
+    with learn.no_bar(), learn.no_logging(): learn.fit(*args, **kw)
+    return learn
+
+def validated(learn):
+    with learn.no_bar(): return list(learn.validate())
+
+def whole(dl): return map(torch.cat, zip(*dl))
+
+def state(m): return {k: v.detach().clone() for k,v in m.state_dict().items()}
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+def n_hooks(m): return sum(len(o._forward_hooks) + len(o._forward_pre_hooks) + len(o._backward_hooks) for o in m.modules())
+def flags(m): return [o.training for o in m.modules()]
+def pairs(m): return {n: o for n,o in m.named_modules() if is_pair(o)}
+def rel(a, b): return ((a - b).double().norm()/b.double().norm()).item()
+def rng(): return torch.get_rng_state(), random.getstate(), np.random.get_state()
+def same_rng(a, b): return torch.equal(a[0], b[0]) and a[1] == b[1] and all(map(np.array_equal, a[2], b[2]))
+def find(learn, *args, **kw): return learn.rank_find(*args, **{'show_plot': False} | kw)
+
+class Spy(Callback):
+    "What the loss was made of, batch by batch, after all other callbacks have changed it"
+    order = 9.5
+    def before_fit(self): self.seen = []
+    def after_loss(self):
+        if self.training:
+            self.seen.append(dict(x=self.xb[0].detach().clone(), y=self.yb[0].clone(), pred=self.pred.detach().clone(), state=state(self.model),
+                                  loss=float(self.learn.loss), grad=float(self.learn.loss_grad)))
+
+class Stop(Callback):
+    "Raises something in the second batch of training"
+    order = 50
+    def __init__(self, exc): self.exc = exc
+    def after_batch(self):
+        if self.training and self.iter == 1: raise self.exc
+
+def kl(p, t, T=2., axis=-1):
+    "Hinton et al. by scipy: batch mean of Σ softmax(t/T) (log softmax(t/T) - log softmax(p/T)), times T²"
+    p,t = (np.moveaxis(o.detach().double().numpy(), axis, -1)/T for o in (p, t))
+    k = (softmax(t, -1)*(log_softmax(t, -1) - log_softmax(p, -1))).sum(-1)
+    return k.mean()*T**2
+
+# ------------------------------------------------------------------ decompose
+
+def test_decompose_swaps_the_model_and_drops_the_optimizer():
+    learn = fit(learner(), 1)
+    net,before = learn.model,state(learn.model)
+    assert learn.opt is not None and learn.decompose(.25) is learn
+    assert learn.model is not net and learn.opt is None and list(pairs(learn.model)) == ['0', '2', '4']
+    assert [p[0].out_features for p in pairs(learn.model).values()] == [5, 6, 1] and equal(before, state(net))
+
+@pytest.mark.parametrize('how', ['fit', 'fit_one_cycle', 'fine_tune'])
+def test_training_changes_every_factor(how):
+    learn = fit(learner(), 1).decompose(.25)
+    before = state(learn.model)
+    with learn.no_bar(), learn.no_logging(): getattr(learn, how)(1, 1e-3)
+    assert len(before) == 9 and not any(torch.equal(v, before[k]) for k,v in state(learn.model).items())
+
+def test_decompose_leaves_the_dense_model_as_it_was():
+    learn = learner()
+    net = learn.model.train()
+    net[2].eval()
+    net[0].bias.requires_grad_(False)
+    net[2].weight.grad = torch.ones(24, 32)
+    calls = []
+    net[2].register_forward_hook(lambda *a: calls.append(1))
+    before = flags(net),n_hooks(net),state(net),[p.requires_grad for p in net.parameters()]
+    learn.decompose(.25)
+    after = flags(net),n_hooks(net),state(net),[p.requires_grad for p in net.parameters()]
+    assert before[:2] == after[:2] and before[3] == after[3] and equal(before[2], after[2])
+    assert torch.equal(net[2].weight.grad, torch.ones(24, 32)) and flags(learn.model[2]) == [False]*3
+
+def test_decompose_is_calibrated_on_the_training_set():
+    learn = learner()
+    ref = FC_Decomposer(.25).decompose(learn.model, DataLoader(list(zip(*whole(learn.dls.train))), bs=300))
+    plain = FC_Decomposer(.25).decompose(learn.model)
+    learn.decompose(.25)
+    for i in (0, 2, 4): assert rel(product(learn.model[i]), product(ref[i])) < .01 < .3 < rel(product(learn.model[i]), product(plain[i]))
+
+def product(pair): return pair[1].weight.detach()@pair[0].weight.detach()
+
+@pytest.mark.parametrize('kw', [dict(rank_ratio=.25), dict(policy=3), dict(policy=Energy(.8)), dict(policy={'2': 4}), dict(layers='2'), dict(exclude='4'),
+    dict(rank_ratio=.9, skip_unprofitable=True), dict(round_to=4)], ids=str)
+def test_without_calibration_it_is_the_plain_decomposer(kw):
+    learn = learner()
+    ref = FC_Decomposer(**kw).decompose(learn.model)
+    assert equal(state(ref), state(learn.decompose(calibrated=False, **kw).model))
+
+@pytest.mark.parametrize('ratio', [1, 1.])
+def test_the_ratio_means_what_it_means_to_the_decomposer(ratio):
+    learn = learner()
+    ref = FC_Decomposer(ratio).decompose(learn.model)
+    assert [p[0].out_features for p in pairs(learn.decompose(ratio, calibrated=False).model).values()] == [p[0].out_features for p in pairs(ref).values()]
+
+@pytest.mark.parametrize('ratio', [50, 0, 0., 1.5, -1])
+def test_a_wrong_ratio(ratio):
+    learn = learner()
+    net = learn.model
+    with pytest.raises(ValueError, match=r'rank_ratio must be in \(0, 1\]'): learn.decompose(ratio)
+    assert learn.model is net
+
+def test_decompose_by_a_plan():
+    learn = learner()
+    plan = FC_Decomposer(policy=ParamBudget(.4)).plan(learn.model, learn.dls)
+    ref = plan.apply(learn.model)
+    assert equal(state(ref), state(learn.decompose(plan=plan).model))
+
+def test_decompose_by_a_plan_from_a_file(tmp_path):
+    learn = learner()
+    x,_ = whole(learn.dls.train)
+    FC_Decomposer(.25).plan(learn.model, x).save(tmp_path/'plan.json')
+    plan = DecompositionPlan.load(tmp_path/'plan.json')
+    ref = plan.apply(learn.model, data=x)
+    assert equal(state(ref), state(learn.decompose(plan=plan, data=x).model))
+
+def test_decompose_with_saved_statistics():
+    learn = learner()
+    stats = calibrate(learn.model, learn.dls.valid)
+    ref = FC_Decomposer(.25).decompose(learn.model, stats)
+    assert equal(state(ref), state(learn.decompose(.25, data=stats).model))
+
+def test_n_batches_limits_what_is_looked_at():
+    learn = learner()
+    seen = []
+    learn.model.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    learn.decompose(.25, n_batches=2)
+    assert seen == [50, 50]
+
+@pytest.mark.parametrize('kw,error,text', [(dict(rank_ratio=.3, policy=2), ValueError, 'not both'), (dict(layers='nope'), ValueError, "'nope'"),
+    (dict(policy='half'), TypeError, 'policy'), (dict(data=3), TypeError, 'data must be'), (dict(n_batches=0), ValueError, 'n_batches'),
+    (dict(sensitivity='x'), ValueError, 'sensitivity'), (dict(policy=ParamBudget(.001)), ValueError, 'allows')], ids=str)
+def test_an_error_leaves_the_learner_as_it_was(kw, error, text):
+    learn = fit(learner(), 1)
+    net,opt,before = learn.model,learn.opt,state(learn.model)
+    with pytest.raises(error, match=text): learn.decompose(**kw)
+    assert learn.model is net and learn.opt is opt and equal(before, state(net)) and n_hooks(net) == 0
+    with pytest.raises(ValueError, match='was not decomposed'): learn.undecompose()
+
+def test_a_plan_of_another_model():
+    learn = learner()
+    with pytest.raises(ValueError, match='another model'): learn.decompose(plan=FC_Decomposer(.5).plan(nn.Sequential(nn.Linear(7, 7))))
+
+def test_a_model_without_linear_layers():
+    learn = learner(model=nn.Sequential(nn.Unflatten(1, (1, 20)), nn.Conv1d(1, 4, 20), nn.Flatten()))
+    with pytest.warns(UserWarning, match='nothing to decompose'): learn.decompose(.5)
+    assert not pairs(learn.model) and len(validated(learn)) == 2
+
+def test_mixed_precision_and_everything_else_stays():
+    for to in ('to_fp16', 'to_bf16'):
+        learn = getattr(learner(), to)()
+        cbs,metrics = list(learn.cbs),list(learn.metrics)
+        learn.decompose(.25)
+        before = state(learn.model)
+        assert list(learn.cbs) == cbs and list(learn.metrics) == metrics
+        fit(learn, 1, 1e-3)
+        assert not any(torch.equal(v, before[k]) for k,v in state(learn.model).items())
+        assert {p.dtype for p in learn.model.parameters()} == {torch.float32}
+
+# ------------------------------------------------------------------ parameter groups
+
+def halves(m): return L(m[:2], m[2:]).map(params)
+
+def groups(learn): return [{id(p) for p in g} for g in learn.opt.param_lists]
+
+def test_parameter_groups_hold_the_factors():
+    learn = learner(splitter=halves).decompose(.25)
+    learn.create_opt()
+    assert groups(learn) == [{id(p) for p in learn.model[0].parameters()}, {id(p) for p in learn.model[2:].parameters()}]
+    assert list(map(len, groups(learn))) == [3, 6]
+
+def test_freeze_and_unfreeze():
+    learn = learner(splitter=halves).decompose(.25)
+    learn.freeze()
+    before = state(learn.model)
+    fit(learn, 1, 1e-3)
+    changed = {k: not torch.equal(v, before[k]) for k,v in state(learn.model).items()}
+    assert [changed[k] for k in before] == [False]*3 + [True]*6
+    learn.unfreeze()
+    fit(learn, 1, 1e-3)
+    assert not any(torch.equal(v, before[k]) for k,v in state(learn.model).items())
+
+def test_frozen_before_decompose_can_be_unfrozen_after():
+    learn = learner(splitter=halves)
+    learn.freeze()
+    learn.decompose(.25)
+    assert [p.requires_grad for p in learn.model.parameters()] == [False]*3 + [True]*6
+    learn.unfreeze()
+    before = state(learn.model)
+    fit(learn, 1, 1e-3)
+    assert not any(torch.equal(v, before[k]) for k,v in state(learn.model).items())
+
+def test_layer_wise_learning_rates():
+    learn = learner(splitter=halves).decompose(.25)
+    before = state(learn.model)
+    fit(learn, 1, slice(1e-9, 1e-2))
+    moved = [(v - before[k]).abs().max().item() for k,v in state(learn.model).items()]
+    assert max(moved[:3]) < 1e-6 and min(moved[3:]) > 1e-4
+
+def test_vision_learner():
+    dls = digits_dls(8, n=60, bs=30)
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
+    learn.decompose(.25)
+    assert set(pairs(learn.model)) == {'1.4', '1.8'}
+    learn.create_opt()
+    learn.freeze()
+    head = {id(p) for o in pairs(learn.model).values() for p in o.parameters()}
+    assert head <= groups(learn)[-1] and sum(map(len, groups(learn))) == len(list(learn.model.parameters()))
+    before = state(learn.model)
+    fit(learn, 1, 1e-3)
+    assert all(not torch.equal(v, before[k]) for k,v in state(learn.model).items() if k.startswith(('1.4.', '1.8.')))
+    assert all(torch.equal(v, before[k]) for k,v in state(learn.model).items() if 'conv' in k)
+
+# ------------------------------------------------------------------ undecompose
+
+def test_undecompose_gives_the_very_same_model_back():
+    learn = fit(learner(), 1)
+    net,before = learn.model,state(learn.model)
+    fit(learn.decompose(.25), 1, 1e-2)
+    assert learn.undecompose() is learn
+    assert learn.model is net and learn.opt is None and equal(before, state(net))
+    fit(learn, 1, 1e-3)
+    assert not any(torch.equal(v, before[k]) for k,v in state(net).items())
+    with pytest.raises(ValueError, match='was not decomposed'): learn.undecompose()
+
+def test_decomposed_twice_goes_back_to_the_first():
+    learn = learner()
+    net,before = learn.model,state(learn.model)
+    learn.decompose(.5, layers='0').decompose(.5, layers='2')
+    assert list(pairs(learn.model)) == ['0', '2']
+    assert learn.undecompose().model is net and equal(before, state(net))
+    assert list(pairs(learn.decompose(.5, layers='4').model)) == ['4'] and learn.undecompose().model is net
+
+def test_a_model_with_an_attribute_of_the_same_name():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._dense,self.out = nn.Linear(20, 16),nn.Linear(16, 4)
+        def forward(self, x): return self.out(F.relu(self._dense(x)))
+    learn = learner(model=Net())
+    net = learn.model
+    with pytest.raises(ValueError, match='was not decomposed'): learn.undecompose()
+    assert learn.decompose(.5).undecompose().model is net
+
+# ------------------------------------------------------------------ export, save, load
+
+@pytest.fixture(scope='module')
+def digits():
+    dls = digits_dls(8, n=200)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+    return fit(Learner(dls, net, metrics=accuracy), 3, 1e-2)
+
+def digits_learner(digits, path): return Learner(digits.dls, copy.deepcopy(digits.model), metrics=accuracy, path=path)
+
+def test_export_holds_the_small_model_alone(digits, tmp_path):
+    learn = digits_learner(digits, tmp_path)
+    learn.export('dense.pkl')
+    net = learn.model
+    fit(learn.decompose(policy=2), 1, 1e-3)
+    with learn.no_bar(): want,_ = learn.get_preds()
+    small = state(learn.model)
+    learn.export('small.pkl')
+    back = load_learner(tmp_path/'small.pkl')
+    items = [o for o in learn.dls.valid.items]
+    with back.no_bar(): got,_ = back.get_preds(dl=back.dls.test_dl(items))
+    assert torch.equal(got, want) and equal(small, state(back.model))
+    saved = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in learn.model.parameters())
+    assert (tmp_path/'dense.pkl').stat().st_size - (tmp_path/'small.pkl').stat().st_size > .95*4*saved
+    with pytest.raises(ValueError, match='exported Learner holds no dense model'): back.undecompose()
+    assert equal(small, state(back.model)) and learn.undecompose().model is net
+
+def test_an_exported_learner_can_be_decomposed(digits, tmp_path):
+    digits_learner(digits, tmp_path).export()
+    back = load_learner(tmp_path/'export.pkl')
+    net = back.model
+    assert back.decompose(policy=2, calibrated=False).undecompose().model is net
+
+@pytest.mark.parametrize('with_opt', [True, False])
+def test_save_and_load(tmp_path, with_opt):
+    learn = fit(learner(path=tmp_path).decompose(.25), 1, 1e-3)
+    want = state(learn.model)
+    learn.save('small', with_opt=with_opt)
+    fit(learn, 1, 1e-2)
+    assert not equal(want, state(learn.model)) and equal(want, state(learn.load('small').model))
+    other = learner(path=tmp_path).decompose(.25)
+    assert not equal(want, state(other.model)) and equal(want, state(other.load('small').model))
+    fit(other, 1, 1e-2)
+    assert not any(torch.equal(v, want[k]) for k,v in state(other.model).items())
+
+# ------------------------------------------------------------------ rank_find
+
+def test_the_learner_is_left_unchanged():
+    learn = fit(learner(metrics=[accuracy, error_rate]), 1)
+    net,opt,before,grads = learn.model,learn.opt,state(learn.model),[p.grad for p in learn.model.parameters()]
+    rest = [type(o) for o in learn.cbs.sorted('order')],list(learn.metrics),n_hooks(net),learn.dls,learn.loss_func
+    find(learn)
+    assert learn.model is net and learn.opt is opt and equal(before, state(net)) and all(a is b.grad for a,b in zip(grads, net.parameters()))
+    assert rest == ([type(o) for o in learn.cbs.sorted('order')], list(learn.metrics), n_hooks(net), learn.dls, learn.loss_func)
+    with pytest.raises(ValueError, match='was not decomposed'): learn.undecompose()
+
+def test_training_flags_are_left_by_rank_find():
+    learn = learner()
+    learn.model.train()
+    learn.model[2].eval()
+    before = flags(learn.model)
+    find(learn, ratios=(.5,), refine=0)
+    assert flags(learn.model) == before
+
+def test_the_record_of_the_training_is_kept():
+    learn = fit(learner(), 2)
+    before = [list(o) for o in learn.recorder.values]
+    find(learn)
+    assert [list(o) for o in learn.recorder.values] == before
+
+def test_random_numbers_go_on_as_before():
+    learn = learner()
+    before = rng()
+    find(learn)
+    assert same_rng(before, rng())
+
+def test_it_is_left_unchanged_by_an_error():
+    learn = learner()
+    net = learn.model
+    class Fails(Callback):
+        def before_validate(self):
+            if self.model is not net: raise RuntimeError('no')
+    learn.add_cb(Fails())
+    with pytest.raises(RuntimeError, match='no'): find(learn)
+    assert learn.model is net and n_hooks(net) == 0
+
+def test_the_progress_bar_survives_an_error():
+    learn = learner()
+    with pytest.raises(RuntimeError): find(learn.add_cb(Callback(before_validate=fails)))
+    assert hasattr(learn, 'progress')
+
+def fails(self): raise RuntimeError('no')
+
+def acc(m, dl):
+    x,y = whole(dl)
+    with torch.no_grad(): return (copy.deepcopy(m).eval()(x).argmax(1) == y).double().mean().item()
+
+@pytest.mark.parametrize('drop', [0., .02, .1, .3])
+def test_the_suggestion_is_within_max_drop_measured_independently(drop):
+    learn = learner()
+    dense,res = acc(learn.model, learn.dls.valid),find(learn, drop)
+    small = res.plan.apply(learn.model)
+    assert acc(small, learn.dls.valid) >= dense - drop - 1e-6 and abs(res.value - acc(small, learn.dls.valid)) < 1e-6
+    assert abs(res.dense - dense) < 1e-6 and res.max_drop == drop and res.metric == 'accuracy' and res.higher_is_better is True
+    assert sum(p.numel() for p in small.parameters()) == res.plan.params_after
+    assert equal(state(small), state(learn.decompose(plan=res.plan).model)) and abs(validated(learn)[1] - res.value) < 1e-6
+
+def test_more_drop_means_fewer_parameters():
+    learn = learner()
+    sizes = [find(learn, d).plan.params_after for d in (0., .02, .1, .3)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+
+def test_every_row_of_the_frame():
+    learn = learner()
+    res = find(learn, .05)
+    n = sum(p.numel() for p in learn.model.parameters())
+    assert list(res.frame.columns) == ['ratio', 'params', 'share', 'metric', 'ok'] and (res.frame.ratio.diff()[1:] < 0).all()
+    for o in res.frame.itertuples():
+        small = FC_Decomposer(policy=ParamBudget(o.ratio)).decompose(learn.model, learn.dls)
+        assert o.params == sum(p.numel() for p in small.parameters()) and abs(o.share - o.params/n) < 1e-9
+        assert abs(o.metric - acc(small, learn.dls.valid)) < 1e-6 and o.ok == (o.metric >= res.dense - .05 - 1e-9)
+    assert res.ratio == res.frame[res.frame.ok].ratio.min()
+
+def fake(good_above, model=None):
+    "evaluate() which is 1 for models that keep more than a share of the parameters of the pairs' weights"
+    n = sum(p.numel() for p in (model or mlp()).parameters())
+    return lambda m: float(sum(p.numel() for p in m.parameters()) >= good_above*n)
+
+def plain(evaluate, data=None, model=None, **kw):
+    return rank_find(mlp() if model is None else model, evaluate, data, **{'higher_is_better': True} | kw)
+
+@pytest.mark.parametrize('limit', [.25, .45, .75])
+def test_refinement_lies_between(limit):
+    coarse,fine = plain(fake(limit), refine=0),plain(fake(limit), refine=3)
+    bad = coarse.frame[~coarse.frame.ok & (coarse.frame.ratio < coarse.ratio)].ratio.max()
+    extra = sorted({*fine.frame.ratio} - {*coarse.frame.ratio})
+    assert set(coarse.frame.ratio) <= set(RATIOS) and 1 <= len(extra) <= 3 and all(bad < r < coarse.ratio for r in extra)
+    assert bad < fine.ratio <= coarse.ratio and fine.ratio == fine.frame[fine.frame.ok].ratio.min()
+
+def test_the_first_refinement_is_the_geometric_mean():
+    fine = plain(fake(.45), refine=1, ratios=(.9, .3))
+    assert set(fine.frame.ratio) - {.9, .3} == {.52}
+
+def test_it_stops_after_two_bad_ones_in_a_row():
+    calls = []      # the dense model, then .9 bad, .7 good, .5 and .4 bad
+    def by_count(m): calls.append(1); return [1., 0, 1, 0, 0][len(calls)-1]
+    res = plain(by_count, refine=0)
+    assert res.frame.ratio.tolist() == [.9, .7, .5, .4] and res.frame.ok.tolist() == [False, True, False, False] and res.ratio == .7
+
+def test_no_suggestion_is_possible():
+    first = []
+    def only_dense(m): first.append(1); return float(len(first) == 1)
+    res = plain(only_dense, metric='f1', max_drop=.25)
+    assert res.plan is None and res.ratio is None and res.value is None and len(res.frame) == 2 and len(first) == 3
+    assert repr(res).startswith('no budget keeps f1 within 0.25 of 1') and '90' in repr(res) or '0.9' in repr(res)
+    assert isinstance(res.plot(), plt.Axes)
+
+def test_nothing_but_nan_is_no_suggestion():
+    res = plain(lambda m: 1. if not pairs(m) else float('nan'))
+    assert res.plan is None and not res.frame.ok.any()
+
+def test_negative_drop():
+    for f in (lambda: plain(fake(.5), max_drop=-.1), lambda: find(learner(), -.01)):
+        with pytest.raises(ValueError, match='max_drop must not be negative.*one point of accuracy'): f()
+
+def test_budgets_that_are_too_tight_are_skipped():
+    res = plain(lambda m: 1., ratios=(.5, .1, .01, .001))
+    m = mlp()
+    def possible(r):
+        try: FC_Decomposer(policy=ParamBudget(r)).plan(m)
+        except ValueError: return False
+        return True
+    ok = [r for r in (.5, .1, .01, .001) if possible(r)]
+    assert 0 < len(ok) < 4 and res.frame.ratio.tolist() == ok and res.ratio == min(ok)
+
+@pytest.mark.parametrize('ratios', [(1.5, .5), (90, 50), (.5, 0.), (.5, -1.)])
+def test_ratios_that_are_no_shares(ratios):
+    with pytest.raises(ValueError, match=r'\(0, 1\]'): plain(lambda m: 1., ratios=ratios)
+
+def test_the_order_of_ratios_does_not_matter():
+    a,b = (plain(fake(.45), ratios=r, refine=0) for r in ((.9, .6, .3), [.3, .9, .6]))
+    assert a.frame.equals(b.frame) and a.ratio == b.ratio
+
+def test_lower_is_better():
+    learn = learner('number')
+    res = find(learn, .05)
+    x,y = whole(learn.dls.valid)
+    loss = lambda m: F.mse_loss(m(x), y).item()
+    assert res.metric == 'valid_loss' and res.higher_is_better is False and abs(res.dense - loss(learn.model)) < 1e-5
+    assert loss(res.plan.apply(learn.model)) <= res.dense + .05 + 1e-5 and 0 < len(res.frame[~res.frame.ok])
+    assert (res.frame[res.frame.ok].metric <= res.dense + .05 + 1e-6).all() and (res.frame[~res.frame.ok].metric > res.dense + .05).all()
+
+@pytest.mark.parametrize('metric,higher', [(accuracy, True), (error_rate, False), (F1Score(average='macro'), True), (Precision(average='macro'), True),
+    (Recall(average='macro'), True), (BalancedAccuracy(), True), (CohenKappa(), True), (MatthewsCorrCoef(), True), (HammingLoss(), False),
+    (Perplexity(), False)], ids=lambda o: str(getattr(o, 'name', getattr(o, '__name__', o))))
+def test_the_direction_is_known(metric, higher):
+    res = find(learner(metrics=metric), .3, ratios=(.9,), refine=0)
+    assert res.higher_is_better is higher
+
+@pytest.mark.parametrize('metric,higher', [(rmse, False), (exp_rmspe, False), (mse, False), (mae, False), (msle, False), (R2Score(), True),
+    (ExplainedVariance(), True), (PearsonCorrCoef(), True), (SpearmanCorrCoef(), True), (Dice(), True), (DiceMulti(), True), (JaccardCoeff(), True),
+    (JaccardCoeffMulti(), True), (foreground_acc, True), (accuracy_multi, True), (APScoreMulti(), True), (APScoreBinary(), True), (BrierScore(), False),
+    (BrierScoreMulti(), False), (RocAuc(), True), (RocAucBinary(), True), (RocAucMulti(), True), (FBeta(2), True), (FBetaMulti(2), True),
+    (F1ScoreMulti(), True), (HammingLossMulti(), False), (Jaccard(), True), (JaccardMulti(), True), (PrecisionMulti(), True), (RecallMulti(), True),
+    (MatthewsCorrCoefMulti(), True), (CorpusBLEUMetric(), True), (top_k_accuracy, True)], ids=lambda o: str(getattr(o, 'name', getattr(o, '__name__', o))))
+def test_the_direction_of_the_other_metrics_of_fastai_is_known(metric, higher):
+    from fasterai.lowrank.learner import _direction
+    assert _direction(Learner(learner().dls, mlp(), loss_func=F.cross_entropy, metrics=metric).metrics[0].name, None) is higher
+
+def test_the_direction_of_another_metric_is_asked_for():
+    def mine(p, t): return (p.argmax(1) == t).float().mean()
+    learn = learner(metrics=mine)
+    with pytest.raises(ValueError, match="'mine' better. Pass higher_is_better"): find(learn)
+    res = find(learn, higher_is_better=True, ratios=(.9,))
+    assert res.metric == 'mine' and abs(res.dense - acc(learn.model, learn.dls.valid)) < 1e-6
+
+def test_a_direction_that_is_given_counts():
+    res = find(learner(), higher_is_better=False, max_drop=0.)     # smaller accuracy is fine
+    assert res.higher_is_better is False and res.frame.ok.iloc[-1] and res.ratio == res.frame[res.frame.ok].ratio.min()
+
+@pytest.mark.parametrize('metric', ['error_rate', error_rate])
+def test_a_metric_by_name_or_function(metric):
+    learn = learner(metrics=[accuracy, error_rate])
+    res = find(learn, .1, metric=metric)
+    assert res.metric == 'error_rate' and abs(res.dense - (1 - acc(learn.model, learn.dls.valid))) < 1e-6
+    assert find(learn, .1, metric='valid_loss').metric == 'valid_loss' and find(learn, .1).metric == 'accuracy'
+    assert find(learn, .1).ratio == res.ratio
+
+@pytest.mark.parametrize('metric', ['f1', rmse])
+def test_a_metric_the_learner_does_not_have(metric):
+    with pytest.raises(ValueError, match="not among those of the Learner: 'valid_loss', 'accuracy'"): find(learner(), metric=metric)
+
+def test_the_plot_shows_dense_and_limit():
+    res = plain(fake(.45), max_drop=.5, metric='score')
+    ax = plt.subplots()[1]
+    assert res.plot(ax) is ax
+    flat = {round(float(o.get_ydata()[0]), 6) for o in ax.lines if len(set(o.get_ydata())) == 1 and len(o.get_ydata()) == 2}
+    assert {1., .5} <= flat and ax.get_ylabel() == 'score'
+    (x,),(y,) = [o for o in ax.lines if o.get_color() == 'red'][0].get_data()
+    assert abs(x - res.plan.params_after/res.plan.params) < 1e-9 and y == res.value
+    curve = max(ax.lines, key=lambda o: len(o.get_xdata()))
+    assert np.allclose(sorted(curve.get_xdata()), sorted(res.frame.share))
+
+def test_the_limit_of_a_loss_lies_above():
+    ax = plain(lambda m: 2., higher_is_better=False, max_drop=.25).plot()
+    assert {2., 2.25} <= {float(o.get_ydata()[0]) for o in ax.lines}
+
+def test_rank_find_shows_the_plot_by_default():
+    learn,n = learner(),len(plt.get_fignums())
+    find(learn)
+    assert len(plt.get_fignums()) == n
+    learn.rank_find()
+    assert len(plt.get_fignums()) == n + 1
+
+def test_repr_tells_the_suggestion():
+    res = plain(fake(.45), metric='score')
+    text = repr(res)
+    assert f'ParamBudget({res.ratio:g})' in text and f'{res.plan.params_after:,}' in text and 'score 1 (dense 1)' in text
+    assert len(text.splitlines()) == len(res.frame) + 2
+
+def test_plain_pytorch_with_any_evaluate():
+    m,(x,y) = mlp(),points(100)
+    m.load_state_dict(learner().model.state_dict())
+    m.train()
+    before,r = (state(m), flags(m)),rng()
+    res = rank_find(m, lambda o: torch.tensor(rel(o(x), m(x))), x, higher_is_better=False, max_drop=.2, metric='error')
+    assert equal(before[0], state(m)) and before[1] == flags(m) and n_hooks(m) == 0 and same_rng(r, rng())
+    assert res.dense == 0 and rel(res.plan.apply(m)(x), m(x)) <= .2 and all(isinstance(v, float) for v in res.frame.metric)
+
+def test_without_data_it_is_plain_svd():
+    m = mlp()
+    res = plain(fake(.45), model=m)
+    assert equal(state(res.plan.apply(m)), state(FC_Decomposer(policy=ParamBudget(res.ratio)).decompose(m)))
+
+def test_layers_exclude_cost_pass_through():
+    m,(x,_) = mlp(),points(50)
+    res = plain(lambda o: 1., x, m, exclude='4', cost='macs', ratios=(.5,), refine=0, sensitivity=False)
+    ref = FC_Decomposer(policy=ParamBudget(.5, cost='macs'), exclude='4').plan(m, x, sensitivity=False)
+    assert [(o.name, o.rank) for o in res.plan.layers] == [(o.name, o.rank) for o in ref.layers] and res.plan['4'].rank is None
+    assert [o.name for o in plain(lambda o: 1., x, m, layers='2', ratios=(.5,), refine=0).plan.replaced] == ['2']
+
+@pytest.mark.parametrize('m', [nn.Sequential(nn.Conv1d(1, 2, 3)), nn.Sequential(nn.ReLU()), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))],
+                         ids=['conv', 'no parameters', 'parametrized'])
+def test_nothing_can_be_decomposed(m):
+    res = rank_find(m, lambda o: 1., None, higher_is_better=True)
+    assert isinstance(repr(res), str) and isinstance(res.plot(), plt.Axes)
+    assert res.plan is None or res.plan.params_after == res.plan.params and not res.plan.replaced
+
+def test_rank_find_of_a_decomposed_learner():
+    learn = learner().decompose(.5, layers='0')
+    small,res = learn.model,find(learn, .3)
+    assert learn.model is small and [o.name for o in res.plan.replaced if o.name.startswith('0')] == []
+    assert len(pairs(res.plan.apply(small))) > 1
+
+@pytest.mark.parametrize('to', ['to_fp16', 'to_bf16'])
+def test_rank_find_with_mixed_precision(to):
+    learn = fit(getattr(learner(), to)(), 1, 1e-5)
+    try: validated(learn)
+    except AttributeError: pytest.skip('this fastai cannot validate outside of fit with mixed precision')
+    assert find(learn, .1).plan is not None
+
+# ------------------------------------------------------------------ replan
+
+def bigger():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 32, bias=False), nn.Tanh(), nn.Linear(32, 10))
+
+def facts(plan): return [(o.name, o.rank, o.reason, o.asked, o.error) for o in plan.layers], plan.policy, plan.note, plan.params_after
+
+@pytest.mark.parametrize('policy', [ParamBudget(.4), ParamBudget(.2, round_to=2), ParamBudget(.5, cost='macs'), ParamBudget(params=2000)], ids=repr)
+def test_replan_is_a_fresh_plan_calibrated(policy):
+    m,(x,_) = bigger(),points(200)
+    fresh,again = FC_Decomposer(policy=policy).plan(m, x),FC_Decomposer(policy=ParamBudget(.9)).plan(m, x).replan(policy)
+    assert facts(again) == facts(fresh) and equal(state(again.apply(m)), state(fresh.apply(m)))
+
+@pytest.mark.parametrize('data', [True, False])
+@pytest.mark.parametrize('policy', [.25, 3, Energy(.9), RankRatio(1.)], ids=repr)
+def test_replan_is_a_fresh_plan(policy, data):
+    m,x = bigger(),points(200)[0] if data else None
+    fresh,again = (FC_Decomposer(policy=policy).plan(m, x), FC_Decomposer(policy=.5).plan(m, x).replan(policy))
+    assert facts(again) == facts(fresh) and equal(state(again.apply(m)), state(fresh.apply(m)))
+
+def test_replan_by_layer():
+    m = bigger()
+    again = FC_Decomposer(.5).plan(m).replan({'0': 4, '2': Energy(.5)})
+    fresh = FC_Decomposer(policy={'0': 4, '2': Energy(.5)}).plan(m)
+    assert [(o.name, o.rank) for o in again.layers] == [(o.name, o.rank) for o in fresh.layers]
+    with pytest.raises(ValueError, match='nope'): again.replan({'nope': 3})
+
+def test_replan_leaves_excluded_layers_out():
+    m = bigger()
+    for kw in (dict(exclude='2'), dict(layers=['0', '4', '6']), dict(policy={'0': 4, '4': 4, '6': 4})):
+        plan = FC_Decomposer(**kw).plan(m)
+        again = plan.replan(ParamBudget(.5)).replan(3)
+        assert [o.name for o in again.replaced] == ['0', '4', '6'] and again['2'] == plan['2']
+
+def test_replan_leaves_what_cannot_be_decomposed():
+    m = nn.Sequential(bigger(), nn.utils.parametrizations.weight_norm(nn.Linear(10, 10)))
+    plan = FC_Decomposer(.5).plan(m)
+    assert plan.replan(2)['1'] == plan['1'] and plan['1'].rank is None and len(plan.replan(2).replaced) == 4
+
+def test_replan_leaves_the_plan_unchanged():
+    plan = FC_Decomposer(.5).plan(bigger())
+    before = facts(plan)
+    plan.replan(ParamBudget(.1))
+    assert facts(plan) == before
+
+def test_replan_of_a_layer_of_zeros():
+    m = bigger()
+    m[2].weight.data.zero_()
+    assert facts(FC_Decomposer(.5).plan(m).replan(.25)) == facts(FC_Decomposer(.25).plan(m))
+
+class Reads(nn.Module):
+    "Its parent reads the weight of `fc`"
+    def __init__(self):
+        super().__init__()
+        self.inp,self.fc = nn.Linear(20, 32),nn.Linear(32, 32)
+    def forward(self, x): return F.linear(self.inp(x).tanh(), self.fc.weight, self.fc.bias)
+
+def test_replan_keeps_the_remarks_of_a_layer_that_was_dense():
+    m = Reads()
+    fresh = FC_Decomposer(.25).plan(m)
+    assert 'offers .weight' in fresh['fc'].reason
+    assert FC_Decomposer(.5).plan(m).edit('fc', None).replan(.25)['fc'].rank == fresh['fc'].rank
+    budget = FC_Decomposer(policy=ParamBudget(1.)).plan(m)
+    assert budget['fc'].rank is None, 'the premise: a budget of everything leaves it dense'
+    assert budget.replan(.25)['fc'].reason == fresh['fc'].reason
+
+def test_replan_of_a_plan_from_a_file(tmp_path):
+    m = bigger()
+    plan = FC_Decomposer(.5).plan(m)
+    back = DecompositionPlan.load(plan.save(tmp_path/'p.json'))
+    assert facts(back.replan(ParamBudget(.4))) == facts(plan.replan(ParamBudget(.4)))
+
+# ------------------------------------------------------------------ SelfDistillation: the loss
+
+@pytest.mark.parametrize('T', [1., 2., 5.])
+def test_soft_targets(T):
+    p,t = torch.randn(7, 5, dtype=torch.float64),torch.randn(7, 5, dtype=torch.float64)
+    assert SoftTargets(T)(p, t).item() == pytest.approx(kl(p, t, T), rel=1e-9) and SoftTargets(T)(p, p).item() == pytest.approx(0, abs=1e-12)
+    assert SoftTargets()(p, t) == SoftTargets(2.)(p, t)
+
+def test_soft_targets_along_another_axis():
+    p,t = torch.randn(2, 5, 3, 4, dtype=torch.float64),torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    assert SoftTargets()(p, t, axis=1).item() == pytest.approx(kl(p, t, axis=1), rel=1e-9)
+
+def distilled(learn, *cbs, epochs=1, **kw):
+    "Every training batch of a fit with SelfDistillation, and the outputs of the teacher"
+    spy,teacher = Spy(),copy.deepcopy(kw.get('teacher') or learn._dense.model).eval()
+    fit(learn, epochs, 1e-3, cbs=[SelfDistillation(**kw), spy, *cbs])
+    with torch.no_grad(): return [(o, teacher(o['x'])) for o in spy.seen]
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat(), F.cross_entropy], ids=lambda o: getattr(o, '__name__', type(o).__name__))
+def test_the_loss_of_a_classifier(loss):
+    for o,t in distilled(learner(loss_func=loss).decompose(.25)):
+        assert o['loss'] == o['grad'] == pytest.approx(kl(o['pred'], t), rel=1e-4)
+
+def test_the_loss_of_a_regression():
+    for o,t in distilled(learner('number').decompose(.25)): assert o['loss'] == pytest.approx((o['pred'] - t).square().mean().item(), rel=1e-4)
+
+@pytest.mark.parametrize('weight', [0., .25, 1.])
+def test_weight_mixes_the_losses(weight):
+    for o,t in distilled(learner().decompose(.25), weight=weight):
+        own = F.cross_entropy(o['pred'], o['y']).item()
+        assert o['loss'] == pytest.approx(weight*kl(o['pred'], t) + (1-weight)*own, rel=1e-4)
+
+@pytest.mark.parametrize('weight', [-.1, 1.1])
+def test_a_wrong_weight(weight):
+    with pytest.raises(ValueError, match=r'weight must be in \[0, 1\]'): SelfDistillation(weight=weight)
+
+def test_a_loss_function_of_ones_own():
+    for o,t in distilled(learner().decompose(.25), loss_func=lambda p,t: (p - t).abs().max()):
+        assert o['loss'] == pytest.approx((o['pred'] - t).abs().max().item(), rel=1e-4)
+
+@pytest.mark.parametrize('names', ['2', ['0', '3']])
+def test_features_are_matched(names):
+    learn = learner().decompose(.25)
+    dense,small,i = learn._dense.model,copy.deepcopy(learn.model),[int(n) for n in names]
+    for o,t in distilled(learn, features=names, feature_weight=3.):
+        small.load_state_dict(o['state'])
+        with torch.no_grad(): extra = sum(((small[:k+1](o['x']) - (b := dense[:k+1](o['x']))).square().mean()/b.square().mean()).item() for k in i)
+        assert o['loss'] == pytest.approx(kl(o['pred'], t) + 3*extra, rel=1e-4) and extra > 1e-4
+
+def test_one_step_follows_the_gradient_of_all_terms():
+    x,y = points(50)
+    learn = learner(opt_func=SGD, wd=0.).decompose(.25)
+    learn.dls = DataLoaders(DataLoader(list(zip(x, y)), bs=50), DataLoader(list(zip(x, y)), bs=50), device=torch.device('cpu'))
+    small,dense = copy.deepcopy(learn.model),copy.deepcopy(learn._dense.model)
+    a,b = small[:3](x),dense[:3](x).detach()
+    p,t = small(x)/2,(dense(x)/2).detach()
+    k = (t.softmax(1)*(t.log_softmax(1) - p.log_softmax(1))).sum(1).mean()*4
+    (.5*(k + (a-b).square().mean()/b.square().mean()) + .5*F.cross_entropy(2*p, y)).backward()
+    fit(learn, 1, .1, cbs=SelfDistillation(weight=.5, features='2', keep_best=False))
+    for q,r in zip(learn.model.parameters(), small.parameters()): assert torch.allclose(q, r - .1*r.grad, atol=1e-6)
+
+class Tagger(nn.Module):
+    "Classes along dim 1, as segmentation has them: (N, 20) -> (N, 4, 5)"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(20, 16),nn.Linear(16, 20)
+    def forward(self, x): return self.b(self.a(x).relu()).unflatten(1, (4, 5))
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(axis=1), nn.CrossEntropyLoss()], ids=lambda o: type(o).__name__)
+def test_classes_along_the_axis_of_the_loss(loss):
+    x = points(100)[0]
+    dls = mk_dls(x, torch.randint(0, 4, (100, 5)), 30)
+    learn = Learner(dls, Tagger(), loss_func=loss).decompose(.25)
+    for o,t in distilled(learn): assert o['loss'] == pytest.approx(kl(o['pred'], t, axis=1), rel=1e-4)
+
+def test_the_validation_loss_is_the_one_of_the_learner():
+    learn = learner().decompose(.25)
+    fit(learn, 1, 1e-9, cbs=SelfDistillation())
+    x,y = whole(learn.dls.valid)
+    assert learn.recorder.values[-1][1] == pytest.approx(F.cross_entropy(learn.model.eval()(x), y).item(), rel=1e-4)
+
+# ------------------------------------------------------------------ SelfDistillation: teacher, best state
+
+def test_distillation_brings_the_model_closer_to_the_teacher():
+    learn = learner().decompose(policy=3)
+    x,_ = whole(learn.dls.valid)
+    def error():
+        with torch.no_grad(): return rel(learn.model.eval()(x), learn._dense.model(x))
+    before = error()
+    fit(learn, 8, 5e-3, cbs=SelfDistillation())
+    assert error() < .8*before
+
+def test_the_teacher_is_left_as_found():
+    m = nn.Sequential(mlp(16), nn.BatchNorm1d(16), nn.Dropout(.5), nn.Linear(16, 4))
+    learn = learner(model=m)
+    m.train()
+    m[2].eval()
+    m[3].weight.requires_grad_(False)
+    m[3].bias.grad = torch.ones(4)
+    learn.decompose(.25)
+    before = state(m),flags(m),[p.requires_grad for p in m.parameters()],[None if p.grad is None else p.grad.clone() for p in m.parameters()]
+    fit(learn, 2, 1e-2, cbs=SelfDistillation(features=['0', '3']))
+    assert equal(before[0], state(m)) and before[1] == flags(m) and before[2] == [p.requires_grad for p in m.parameters()]
+    assert all(a is None and p.grad is None or torch.equal(a, p.grad) for a,p in zip(before[3], m.parameters()))
+    assert n_hooks(m) == n_hooks(learn.model) == 0
+
+def test_a_teacher_that_is_passed():
+    other = nn.Sequential(nn.Linear(20, 4))
+    learn = learner().decompose(.25)
+    for o,t in distilled(learn, teacher=other): assert o['loss'] == pytest.approx(kl(o['pred'], other(o['x'])), rel=1e-4)
+    assert learn._dense.model is not other
+
+def test_a_teacher_without_decompose():
+    learn = learner()
+    for o,t in distilled(learn, teacher=mlp()): assert o['loss'] == pytest.approx(kl(o['pred'], t), rel=1e-4)
+
+def test_decomposed_twice_the_teacher_is_the_first_model():
+    learn = learner()
+    net = learn.model
+    learn.decompose(.5, layers='0').decompose(.25, layers='2')
+    for o,t in distilled(learn): assert o['loss'] == pytest.approx(kl(o['pred'], net.eval()(o['x'])), rel=1e-4)
+
+def test_no_teacher():
+    learn = learner()
+    with pytest.raises(ValueError, match=r'needs a teacher: use it after learn.decompose\(\)'): fit(learn, 1, cbs=SelfDistillation())
+    fit(learn.decompose(.5).undecompose(), 0)
+    with pytest.raises(ValueError, match='needs a teacher'): fit(learn, 1, cbs=SelfDistillation())
+
+@pytest.mark.parametrize('names', ['9', ['2', 'nope'], ['2', '0.1']], ids=str)
+def test_an_unknown_feature(names):
+    learn = learner().decompose(.25)
+    dense = learn._dense.model.train()
+    before = flags(dense)
+    bad = names if isinstance(names, str) else names[1]
+    with pytest.raises(ValueError, match=f"features='{re.escape(bad)}' is not a module of Sequential"): fit(learn, 1, cbs=SelfDistillation(features=names))
+    assert n_hooks(learn.model) == n_hooks(dense) == 0
+    assert flags(dense) == before
+
+@pytest.mark.parametrize('seed', range(3))
+def test_never_ends_worse(seed):
+    learn = learner().decompose(.25)
+    torch.manual_seed(seed)
+    before,start = state(learn.model),validated(learn)
+    fit(learn, 2, 10., cbs=SelfDistillation())
+    assert equal(before, state(learn.model)) and validated(learn) == pytest.approx(start, rel=1e-5)
+
+class States(Callback):
+    "Model and its loss over the validation set after each epoch, computed here"
+    def before_fit(self): self.all = []
+    def after_epoch(self):
+        x,y = whole(self.dls.valid)
+        with torch.no_grad(): self.all.append((F.cross_entropy(self.model(x), y).item(), state(self.model)))
+
+@pytest.mark.parametrize('cbs', [[], [FetchPredsCallback(ds_idx=0)]], ids=['alone', 'with predictions of the training set'])
+@pytest.mark.parametrize('lr', [3e-3, .03])
+def test_the_best_state_is_returned(lr, cbs):
+    learn,states = learner().decompose(policy=3),States()
+    x,y = whole(learn.dls.valid)
+    with torch.no_grad(): start = F.cross_entropy(learn.model.eval()(x), y).item(),state(learn.model)
+    fit(learn, 6, lr, cbs=[SelfDistillation(), states, *cbs])
+    want = min([start, *states.all], key=lambda o: o[0])
+    assert want is not states.all[-1] or lr == 3e-3
+    assert equal(want[1], state(learn.model)) and len(states.all) == 6
+
+def test_without_keep_best_the_last_state_is_returned():
+    learn,states = learner().decompose(.25),States()
+    fit(learn, 3, 1., cbs=[SelfDistillation(keep_best=False), states])
+    assert equal(states.all[-1][1], state(learn.model)) and states.all[-1][0] > min(o[0] for o in states.all) or states.all[-1][0] > 1
+
+def no_valid(kind):
+    x,y = points(100)
+    train = DataLoader(list(zip(x, y)), bs=50)
+    learn = learner().decompose(.25)
+    learn.dls = DataLoaders(*([train] if kind == 'none' else [train, DataLoader([], bs=50)]), device=torch.device('cpu'))
+    return learn
+
+@pytest.mark.parametrize('kind', ['empty', 'none'])
+def test_no_validation_set(kind):
+    learn = no_valid(kind)
+    dense = learn._dense.model.train()
+    with pytest.raises(ValueError, match='keep_best needs a validation set; pass keep_best=False'): fit(learn, 1, cbs=SelfDistillation(features='2'))
+    assert n_hooks(learn.model) == n_hooks(dense) == 0
+    assert all(flags(dense))
+
+def test_no_validation_set_and_no_keep_best():
+    learn = no_valid('empty')
+    before = state(learn.model)
+    class NoValid(Callback):
+        def before_validate(self):
+            from fastai.callback.core import CancelValidException
+            raise CancelValidException()
+    fit(learn, 1, 1e-3, cbs=[SelfDistillation(keep_best=False), NoValid()])
+    assert not any(torch.equal(v, before[k]) for k,v in state(learn.model).items())
+
+@pytest.mark.parametrize('cbs', [[], [FetchPredsCallback(ds_idx=0)]], ids=['alone', 'with predictions of the training set'])
+def test_a_validation_of_other_data_during_fit_does_not_count(cbs):
+    x,_ = points(120)
+    learn = learner(model=mlp())
+    learn.dls = mk_dls(x, torch.randint(0, 4, (120,), generator=gen(3)), 60, bs=20)       # nothing to learn: validation gets worse, training better
+    learn.decompose(.9)
+    start = validated(learn)[0]
+    fit(learn, 15, 1e-2, cbs=[SelfDistillation(weight=0.), *cbs])
+    assert validated(learn)[0] <= start + 1e-6
+
+# ------------------------------------------------------------------ SelfDistillation: with other things
+
+@pytest.fixture
+def attached():
+    "A decomposed Learner that always has the callback"
+    learn = learner(path='.').decompose(.25)
+    return learn.add_cb(SelfDistillation(features='2'))
+
+def test_validate_and_get_preds_are_not_disturbed(attached):
+    learn = attached
+    before = state(learn.model)
+    x,y = whole(learn.dls.valid)
+    want = F.cross_entropy(learn.model.eval()(x), y).item()
+    for _ in range(2):
+        assert validated(learn)[0] == pytest.approx(want, rel=1e-4)
+        with learn.no_bar(): preds,targs = learn.get_preds()
+        assert torch.allclose(preds, learn.model(x).softmax(1), atol=1e-5) and torch.equal(targs, y) and equal(before, state(learn.model))
+        assert n_hooks(learn.model) == n_hooks(learn._dense.model) == 0
+        fit(learn, 1, 10.)      # and after a fit, which changes nothing
+
+def test_lr_find_is_not_disturbed(attached, tmp_path):
+    learn = attached
+    learn.path = tmp_path
+    plain = learner(path=tmp_path).decompose(.25)
+    before = state(learn.model)
+    losses = []
+    for o in (plain, learn):
+        torch.manual_seed(3)
+        o.dls.train.rng = random.Random(3)
+        with o.no_bar(), o.no_logging(): o.lr_find(num_it=12, show_plot=False)
+        losses.append(torch.stack(list(o.recorder.losses)))
+    assert torch.equal(*losses) and equal(before, state(learn.model)) and n_hooks(learn.model) == 0
+    spy = Spy()
+    fit(learn, 1, 1e-3, cbs=spy)    # it works again in the next fit
+    assert spy.seen[0]['loss'] != pytest.approx(F.cross_entropy(spy.seen[0]['pred'], spy.seen[0]['y']).item(), rel=1e-3)
+
+@pytest.mark.parametrize('weight', [1., .5])
+def test_with_mixup(weight):
+    learn = learner().decompose(.25)
+    lf,x = learn.loss_func,learn.dls.train.dataset
+    res = distilled(learn, MixUp(), weight=weight)
+    rows = {tuple(o[0].tolist()) for o in x}
+    assert not all(tuple(r) in rows for o,_ in res for r in o['x'].tolist()), 'the inputs were mixed'
+    assert learn.loss_func is lf and (weight != 1 or all(o['loss'] == pytest.approx(kl(o['pred'], t), rel=1e-4) for o,t in res))
+
+@pytest.mark.parametrize('weight', [0., 1.])
+def test_with_gradient_accumulation(weight):
+    x,y = points(80)
+    res = []
+    for bs,cbs in ((40, []), (20, [GradientAccumulation(40)])):
+        learn = learner(opt_func=SGD, wd=0.).decompose(.25)
+        learn.dls = DataLoaders(DataLoader(list(zip(x, y)), bs=bs), DataLoader(list(zip(x, y)), bs=40), device=torch.device('cpu'))
+        start = state(learn.model)
+        fit(learn, 1, .1, cbs=[SelfDistillation(weight=weight, keep_best=False), *cbs])
+        res.append(state(learn.model))
+    for k,v in start.items(): assert torch.allclose(res[0][k] - v, res[1][k] - v, rtol=1e-3, atol=1e-6)
+
+@pytest.mark.parametrize('to', ['to_fp16', 'to_bf16'])
+def test_with_mixed_precision(to):
+    learn = getattr(learner(), to)().decompose(.25)
+    before,res = state(learn.model),distilled(learn, features='2', keep_best=False)
+    assert len(res) == 6 and all(np.isfinite(o['loss']) and o['loss'] > kl(o['pred'], t) for o,t in res)
+    assert not any(torch.equal(v, before[k]) for k,v in state(learn.model).items())
+
+@pytest.mark.parametrize('exc', [RuntimeError('broken'), KeyboardInterrupt()], ids=['error', 'interrupt'])
+def test_a_fit_that_breaks_off_leaves_nothing_behind(exc):
+    learn = learner().decompose(.25)
+    dense = learn._dense.model.train()
+    with pytest.raises(type(exc)): fit(learn, 1, 1e-3, cbs=[SelfDistillation(features='2'), Stop(exc)])
+    assert n_hooks(learn.model) == n_hooks(dense) == 0
+    assert all(flags(dense))
+
+def test_a_start_that_is_not_a_number_is_no_best_state():
+    learn = learner().decompose(.25)
+    class Heals(Callback):
+        def before_train(self): self.model[4][1].bias.data.zero_()
+    learn.model[4][1].bias.data.fill_(float('nan'))
+    fit(learn, 1, 1e-4, cbs=[SelfDistillation(), Heals()])
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_a_fit_after_one_that_broke_off():
+    learn = learner().decompose(.25)
+    cb = SelfDistillation()
+    with pytest.raises(RuntimeError): fit(learn, 1, 10., cbs=[cb, Stop(RuntimeError('broken'))])
+    start,n = validated(learn)[0],n_hooks(learn.model)
+    fit(learn, 2, 1e-3, cbs=cb)
+    assert validated(learn)[0] <= start and n_hooks(learn.model) == n
+
+def test_a_fit_that_is_cancelled_ends_with_the_best_state():
+    learn = learner().decompose(.25)
+    before = state(learn.model)
+    fit(learn, 1, 10., cbs=[SelfDistillation(features='2'), Stop(CancelFitException())])
+    assert equal(before, state(learn.model)) and n_hooks(learn.model) == n_hooks(learn._dense.model) == 0
+
+def test_a_fit_that_is_cancelled_before_it_begins():
+    learn = learner().decompose(.25)
+    class Never(Callback):
+        order = -5
+        def before_fit(self): raise CancelFitException()
+    before = state(learn.model)
+    fit(learn, 1, 1e-3, cbs=[SelfDistillation(), Never()])
+    assert equal(before, state(learn.model))
+
+def test_undecompose_after_distillation():
+    learn = learner()
+    net,before = learn.model,state(learn.model)
+    fit(learn.decompose(.25), 1, 1e-2, cbs=SelfDistillation())
+    assert learn.undecompose().model is net and equal(before, state(net))
+
+def test_export_with_the_callback(digits, tmp_path):
+    learn = digits_learner(digits, tmp_path).decompose(policy=2)
+    learn.add_cb(SelfDistillation())
+    fit(learn, 1, 1e-3)
+    learn.export()
+    dense = sum(p.numel()*4 for p in learn._dense.model.parameters())
+    assert (tmp_path/'export.pkl').stat().st_size < dense and equal(state(load_learner(tmp_path/'export.pkl').model), state(learn.model))
+
+# ------------------------------------------------------------------ refine
+
+def outs(m, x):
+    with torch.no_grad(): return copy.deepcopy(m).double().eval()(x.double())
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('policy', [{'0': 3, '2': 12, '4': 4}, {'0': 8, '2': 8}, 2, .5, 1.], ids=str)
+def test_outputs_are_at_least_as_close(policy, bias):
+    m,x = mlp(bias=bias),points(300)[0]
+    small = FC_Decomposer(policy=policy).decompose(m, x)
+    before,after = rel(outs(small, x), outs(m, x)),rel(outs(refine(small, m, x), x), outs(m, x))
+    assert after <= before*(1 + 1e-4) + 1e-6     # the rounding of float32, in which the library compares
+
+def test_much_closer_where_early_layers_are_badly_compressed():
+    m,x = mlp(),points(400)[0]
+    m.load_state_dict(learner().model.state_dict())
+    small = FC_Decomposer(policy={'0': 10, '2': 20, '4': 4}).decompose(m)
+    assert rel(outs(refine(small, m, x[:300]), x[300:]), outs(m, x[300:])) < .3*rel(outs(small, x[300:]), outs(m, x[300:]))
+
+def test_refine_leaves_both_models_unchanged():
+    m,x = mlp(),points(100)[0]
+    small = FC_Decomposer(policy=3).decompose(m)
+    m.train(); small.train(); m[2].eval(); small[4].eval()
+    small[0][0].weight.requires_grad_(False)
+    m[0].weight.grad = torch.ones(32, 20)
+    before = [(state(o), flags(o), n_hooks(o), [p.requires_grad for p in o.parameters()]) for o in (m, small)]
+    res = refine(small, m, x)
+    for (s,*rest),o in zip(before, (m, small)): assert equal(s, state(o)) and rest == [flags(o), n_hooks(o), [p.requires_grad for p in o.parameters()]]
+    assert res is not small and not equal(state(res), state(small)) and torch.equal(m[0].weight.grad, torch.ones(32, 20))
+    assert flags(res) == flags(small) and [p.requires_grad for p in res.parameters()] == [p.requires_grad for p in small.parameters()]
+    assert not {p.data_ptr() for p in res.parameters()} & {p.data_ptr() for o in (m, small) for p in o.parameters()} and n_hooks(res) == 0
+
+def test_first_factors_stay():
+    m,x = mlp(),points(200)[0]
+    small = FC_Decomposer(policy=3).decompose(m)
+    res = refine(small, m, x)
+    assert all(torch.equal(res[i][0].weight, small[i][0].weight) for i in (0, 2, 4))
+    assert all((res[i][1].bias is None) == (small[i][1].bias is None) for i in (0, 2, 4))
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_the_step_is_the_least_squares_solution(bias):
+    g = gen(1)
+    lin,x = nn.Linear(12, 9, bias, dtype=torch.float64),torch.randn(500, 12, generator=g, dtype=torch.float64) + .5
+    m = nn.Sequential(lin)
+    small = FC_Decomposer(policy=4).decompose(m)
+    res = refine(small, m, x)
+    with torch.no_grad(): h,y = small[0][0](x),lin(x)
+    H = torch.cat([h, torch.ones(500, 1, dtype=h.dtype)], 1) if bias else h
+    best = torch.linalg.lstsq(H, y).solution
+    least,got,was = ((H@best - y).norm(), *((outs(o, x) - y).norm() for o in (res, small)))
+    assert got <= least*(1 + 1e-4) and was > least*(1 + 1e-3)
+    # and exactly: the ridge pulls towards the weights before
+    r = 1e-3*H.square().sum(0).mean()
+    old = torch.cat([small[0][1].weight, small[0][1].bias[:,None]], 1).detach().T if bias else small[0][1].weight.detach().T
+    exact = torch.linalg.lstsq(torch.cat([H, r.sqrt()*torch.eye(H.shape[1], dtype=H.dtype)]), torch.cat([y, r.sqrt()*old])).solution
+    new = torch.cat([res[0][1].weight, res[0][1].bias[:,None]], 1).detach().T if bias else res[0][1].weight.detach().T
+    assert torch.allclose(new, exact, atol=1e-9)
+
+def test_few_rows_do_not_spoil_the_model():
+    m,x = mlp(),points(400)[0]
+    small = FC_Decomposer(policy=8).decompose(m, x)
+    assert rel(outs(refine(small, m, x[:3]), x[100:]), outs(m, x[100:])) < 2*rel(outs(small, x[100:]), outs(m, x[100:]))
+
+def test_the_targets_are_outputs_of_the_dense_layer_the_inputs_those_of_the_small_model():
+    m,x = mlp(),points(300)[0].double()
+    m = m.double()
+    small = FC_Decomposer(policy={'0': 3, '2': 20}).decompose(m)
+    res = refine(small, m, x)
+    with torch.no_grad(): h,y = res[2][0](res[:2](x)),m[:3](x)
+    best = torch.linalg.lstsq(torch.cat([h, torch.ones(300, 1)], 1), y).solution
+    least = (torch.cat([h, torch.ones(300, 1)], 1).double()@best - y).norm()
+    with torch.no_grad(): assert (res[:3](x) - y).norm() < 1.02*least < (small[:3](x) - y).norm()
+
+@pytest.mark.parametrize('form', ['tensor', 'list', 'generator', 'loader', 'loaders', 'pairs', 'function'])
+def test_forms_of_data(form):
+    m,(x,y) = mlp(),points(120)
+    small = FC_Decomposer(policy=3).decompose(m)
+    data = dict(tensor=x, list=x.split(40), generator=(o for o in x.split(40)), loader=DataLoader(list(zip(x, y)), bs=40),
+                loaders=mk_dls(x, y, 20), pairs=list(zip(x.split(40), y.split(40))), function=lambda o: o(x))[form]
+    data = list(data) if form == 'list' else data
+    got,ref = refine(small, m, data),refine(small, m, x if form != 'loaders' else torch.stack([o[0] for o in mk_dls(x, y, 20).train.dataset]))
+    assert all(torch.allclose(v, state(ref)[k], atol=1e-4) for k,v in state(got).items()) and not equal(state(got), state(small))
+
+def test_n_batches_of_refine():
+    m,x = mlp(),points(120)[0]
+    small = FC_Decomposer(policy=3).decompose(m)
+    def endless():
+        while True: yield x
+    assert equal(state(refine(small, m, endless(), n_batches=1)), state(refine(small, m, x)))
+
+def test_pairs_that_are_not_called_are_named():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used,self.idle = nn.Linear(20, 16),nn.Linear(20, 16)
+        def forward(self, x, other=False): return self.idle(x) if other else self.used(x)
+    m,x = Two(),points(100)[0]
+    small = FC_Decomposer(policy=3).decompose(m)
+    with pytest.warns(UserWarning, match='not refined, because they are not called on this data: idle.'): res = refine(small, m, x)
+    assert equal(state(res.idle), state(small.idle)) and not equal(state(res.used), state(small.used))
+
+def test_a_pair_whose_weight_is_read_is_named_too():
+    m,x = Reads(),points(100)[0]
+    small = FC_Decomposer(policy=3).decompose(m)
+    with pytest.warns(UserWarning, match='not called on this data: fc.'): refine(small, m, x)
+
+def test_no_pairs():
+    m,x = mlp(),points(50)[0]
+    small = FC_Decomposer(policy=3).decompose(m)
+    for a,b in ((m, m), (m, small), (small, small), (small, nn.ReLU())):
+        with pytest.raises(ValueError, match='no pair in the place of a layer of dense'): refine(a, b, x)
+
+@pytest.mark.parametrize('data', [[], iter(())])
+def test_no_batches(data):
+    m = mlp()
+    with pytest.raises(ValueError, match='data has no batches'): refine(FC_Decomposer(policy=3).decompose(m), m, data)
+
+def test_a_layer_of_zeros_without_bias():
+    m,x = mlp(bias=False),points(100)[0]
+    m = nn.Sequential(m, nn.Linear(4, 4, bias=False))
+    m[0][2].weight.data.zero_()
+    small = FC_Decomposer(policy=3).decompose(m)
+    res = refine(small, m, x)
+    assert all(p.isfinite().all() for p in res.parameters())
+
+def test_data_that_forward_writes_to():
+    class Doubles(nn.Module):
+        def __init__(self): super().__init__(); self.fc = mlp()
+        def forward(self, x): return self.fc(x.mul_(2))
+    m,x = Doubles(),points(100)[0]
+    small = FC_Decomposer(policy=3).decompose(m)
+    before = x.clone()
+    res = refine(small, m, x)
+    assert torch.equal(x, before)
+    assert equal(state(res.fc), state(refine(small.fc, m.fc, 2*before)))
+
+def test_a_layer_that_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.fc = nn.Linear(20, 20)
+        def forward(self, x): return self.fc(self.fc(x).tanh())
+    m,x = Twice(),points(200)[0]
+    small = FC_Decomposer(policy=6).decompose(m)
+    assert rel(outs(refine(small, m, x), x), outs(m, x)) <= rel(outs(small, x), outs(m, x)) + 1e-6
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_refine_keeps_the_dtype(dtype):
+    m,x = mlp().to(dtype),points(200)[0].to(dtype)
+    small = FC_Decomposer(policy=3).decompose(m)
+    res = refine(small, m, x)
+    assert {p.dtype for p in res.parameters()} == {dtype} and rel(outs(res, x), outs(m, x)) < rel(outs(small, x), outs(m, x))
+
+def test_refine_with_dropout_sees_the_eval_mode():
+    m,x = nn.Sequential(nn.Linear(20, 32), nn.Dropout(.5), nn.Linear(32, 8)).train(),points(200)[0]
+    small = FC_Decomposer(policy=4).decompose(m)
+    r = rng()
+    res = refine(small, m, x)
+    assert same_rng(r, rng()) and equal(state(res), state(refine(small, m, x)))
+    assert equal(state(res), state(refine(small.eval(), m.eval(), x)))
+
+def test_dict_outputs():
+    class Dict(nn.Module):
+        def __init__(self): super().__init__(); self.fc = mlp()
+        def forward(self, x): return dict(logits=self.fc(x), none=None, ids=x.long())
+    m,x = Dict(),points(100)[0]
+    small = FC_Decomposer(policy=3).decompose(m)
+    assert equal(state(refine(small, m, x).fc), state(refine(small.fc, m.fc, x)))
