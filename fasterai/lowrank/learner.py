@@ -5,39 +5,42 @@
 # %% auto #0
 __all__ = ['RATIOS', 'RankSuggestion', 'rank_find', 'SoftTargets', 'SelfDistillation', 'refine']
 
-# %% ../../nbs/lowrank/learner.ipynb #746171ea
+# %% ../../nbs/lowrank/learner.ipynb #1e64546b
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 import matplotlib.pyplot as plt, pandas as pd, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import hook_outputs
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropy
+from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 from torch import nn
 from ..core.modules import _warn_user, copy_with, count_params, find_linears, is_pair
-from ..core.batches import _Bar, Batches, left_as_found, model_args
+from ..core.batches import _Bar, _rng_kept, _seed, Batches, left_as_found, model_args
 from .plan import DecompositionPlan, make_plan
-from .ranks import ParamBudget, Policy, mk_policy
+from .ranks import ParamBudget, RankRatio
 from .report import plot_tradeoff
 
-# %% ../../nbs/lowrank/learner.ipynb #bcf501a3
+# %% ../../nbs/lowrank/learner.ipynb #e67800ea
 class _Kept:
     "The dense model, to go back to; left out when the Learner is exported"
     def __init__(self, model: nn.Module|None = None): self.model = model
     def __reduce__(self): return (_Kept, ())
+
+def _kept(learn): return learn.__dict__.get('_dense')   # getattr would go on to the model
 
 @patch
 def decompose(self:Learner, 
     rank_ratio: float = 0.5,                # share of singular values to keep, in (0, 1]
     *,
     policy: 'Policy|float|int|Mapping|None' = None, # in place of `rank_ratio`: a policy, a rank, {name: policy}
-    plan: DecompositionPlan|None = None,    # in place of both: a plan, such as the one `rank_find` suggests
+    plan: DecompositionPlan|None = None,    # in place of both and of what follows `data`: a plan, such as the one `rank_find` suggests
     data=None,                              # calibration data or a `Calibration`; None for the training set of `dls`
     calibrated: bool = True,                # False: plain SVD, without looking at data
     n_batches: int|None = None,             # batches to look at, None for all
@@ -51,23 +54,24 @@ def decompose(self:Learner,
     "Replace the model by its decomposed form and forget the optimizer; `undecompose` goes back"
     if plan is None:
         if policy is not None and rank_ratio != 0.5: raise ValueError(f'pass rank_ratio={rank_ratio} or policy={policy!r}, not both.')
-        plan = make_plan(self.model, rank_ratio if policy is None else policy, spectra=False, data=(self.dls if data is None else data) if calibrated
+        plan = make_plan(self.model, RankRatio(rank_ratio) if policy is None else policy, spectra=False, data=(self.dls if data is None else data) if calibrated
             else None, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, skip_unprofitable=skip_unprofitable,
             round_to=round_to, types=types)
-    small = plan.apply(self.model)
-    if getattr(self, '_dense', None) is None: self._dense = _Kept(self.model)
+        data = n_batches = None     # the plan has used them
+    small = plan.apply(self.model, data=data, n_batches=n_batches)
+    if _kept(self) is None: self._dense = _Kept(self.model)
     self.model,self.opt = small,None
     return self
 
 @patch
 def undecompose(self:Learner) -> Learner: # itself
     "Put the dense model back, as it was before `decompose`, and forget the optimizer"
-    if getattr(self, '_dense', None) is None: raise ValueError('this Learner was not decomposed.')
-    if self._dense.model is None: raise ValueError('an exported Learner holds no dense model to go back to.')
-    self.model,self.opt,self._dense = self._dense.model,None,None
+    if (kept := _kept(self)) is None: raise ValueError('this Learner was not decomposed.')
+    if kept.model is None: raise ValueError('an exported Learner holds no dense model to go back to, and neither does a copy.')
+    self.model,self.opt,self._dense = kept.model,None,None
     return self
 
-# %% ../../nbs/lowrank/learner.ipynb #5cd29903
+# %% ../../nbs/lowrank/learner.ipynb #7685fb97
 @dataclass(frozen=True, eq=False)
 class RankSuggestion:
     "What `rank_find` found; `plan` is the suggestion, None if no budget kept the metric"
@@ -88,17 +92,19 @@ class RankSuggestion:
         "Metric against the share of parameters kept, with the dense model and the limit as lines"
         limit = self.dense - self.max_drop if self.higher_is_better else self.dense + self.max_drop
         ax = plot_tradeoff(self.frame.sort_values('share').rename(columns={'metric': self.metric}), x='share', y=self.metric, dense=self.dense, limit=limit, ax=ax)
-        if self.plan is not None: ax.plot(self.plan.params_after/self.plan.params, self.value, 'o', color='red', label=f'ParamBudget({self.ratio:g})')
+        if self.plan is not None: ax.plot(_share(self.plan), self.value, 'o', color='red', label=f'ParamBudget({self.ratio:g})')
         ax.legend()
         return ax
 
     def __repr__(self):
         what = f'no budget keeps {self.metric} within {self.max_drop:g} of {self.dense:.4g}' if self.plan is None else (
             f'ParamBudget({self.ratio:g}): {self.metric} {self.value:.4g} (dense {self.dense:.4g}), '
-            f'{self.plan.params:,} → {self.plan.params_after:,} parameters ({self.plan.params_after/self.plan.params - 1:+.1%})')
+            f'{self.plan.params:,} → {self.plan.params_after:,} parameters ({_share(self.plan) - 1:+.1%})')
         return what + '\n' + self.frame.to_string(index=False, formatters=dict(share='{:.1%}'.format, params='{:,}'.format, metric='{:.4g}'.format))
 
-# %% ../../nbs/lowrank/learner.ipynb #a5827fb6
+def _share(plan): return plan.params_after/plan.params if plan.params else 1.
+
+# %% ../../nbs/lowrank/learner.ipynb #782c7e0f
 RATIOS = (.9, .7, .5, .4, .3, .2, .15, .1, .07, .05, .03, .02, .01)
 
 class _Sweep:
@@ -110,7 +116,7 @@ class _Sweep:
         try: plan = self.plan.replan(ParamBudget(ratio, cost=self.cost))
         except ValueError: return None
         value = float(self.evaluate(plan.apply(self.model)))
-        self.rows[ratio] = dict(ratio=ratio, params=plan.params_after, share=plan.params_after/max(1, plan.params), metric=value, ok=self.good(value))
+        self.rows[ratio] = dict(ratio=ratio, params=plan.params_after, share=_share(plan), metric=value, ok=self.good(value))
         return self.rows[ratio]
 
 def _search(sweep, ratios, refine):
@@ -130,7 +136,7 @@ def _search(sweep, ratios, refine):
     ok = [r for r,o in sweep.rows.items() if o['ok']]
     return min(ok) if ok else None
 
-# %% ../../nbs/lowrank/learner.ipynb #b5130e7f
+# %% ../../nbs/lowrank/learner.ipynb #83797b50
 def rank_find(
     model: nn.Module,                       # left unchanged
     evaluate: Callable[[nn.Module],float],  # the metric of a model, on data kept for validation
@@ -150,6 +156,7 @@ def rank_find(
 ) -> RankSuggestion:
     "The smallest budget at which `evaluate` loses no more than `max_drop`, and the curve"
     if max_drop < 0: raise ValueError(f'max_drop must not be negative, got {max_drop}. It is in units of the metric: 0.01 is one point of accuracy.')
+    for r in ratios: ParamBudget(r, cost=cost)      # wrong ones show before the work begins
     dense = float(evaluate(model))
     def good(v): return v >= dense - max_drop - 1e-9 if higher_is_better else v <= dense + max_drop + 1e-9
     plan = make_plan(model, ParamBudget(1., cost=cost), data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types,
@@ -160,7 +167,7 @@ def rank_find(
     return RankSuggestion(frame, dense, max_drop, metric, higher_is_better, ratio,
                           None if ratio is None else plan.replan(ParamBudget(ratio, cost=cost)))
 
-# %% ../../nbs/lowrank/learner.ipynb #99a285f2
+# %% ../../nbs/lowrank/learner.ipynb #2187e93d
 _LOWER = frozenset('''valid_loss loss error_rate rmse _rmse exp_rmspe _exp_rmspe mse mae msle perplexity hamming_loss brier_score_loss'''.split())
 _HIGHER = frozenset('''accuracy accuracy_multi top_k_accuracy foreground_acc average_precision_score balanced_accuracy_score cohen_kappa_score
     f1_score fbeta_score jaccard_score precision_score recall_score roc_auc_score matthews_corrcoef explained_variance_score r2_score pearsonr
@@ -186,11 +193,16 @@ def _metric_index(learn, metric):
 
 @contextmanager
 def _with_model(learn, model):
-    before = learn.model
-    try:
-        learn.model = model
-        yield
-    finally: learn.model = before
+    "`model` in the place of the Learner's, whose model, record and random state are as before at the end"
+    before,recs = learn.model,{k: list(v) for k in ('values','iters','losses','lrs') if isinstance(v := getattr(learn.recorder, k, None), list)} \
+        if hasattr(learn, 'recorder') else {}
+    with left_as_found(before):
+        try:
+            learn.model = model
+            yield
+        finally:
+            learn.model = before
+            for k,v in recs.items(): setattr(learn.recorder, k, v)
 
 @patch
 def rank_find(self:Learner, 
@@ -218,7 +230,7 @@ def rank_find(self:Learner,
     if show_plot: res.plot()
     return res
 
-# %% ../../nbs/lowrank/learner.ipynb #ad5c75c8
+# %% ../../nbs/lowrank/learner.ipynb #66d8bdc1
 class SoftTargets:
     "Kullback-Leibler divergence between softmax outputs at a temperature, times its square (Hinton et al., 2015, section 2)"
     def __init__(self, T: float = 2.): self.T = T
@@ -232,7 +244,8 @@ def _feature_loss(a, b): return F.mse_loss(a, b)/b.square().mean().clamp(min=1e-
 
 class SelfDistillation(Callback):
     "Train towards what the dense model does, and keep the best state seen"
-    order = MixedPrecision.order - 1    # the loss is changed before mixed precision scales it
+    order = MixedPrecision.order - 5    # the loss is changed before gradient accumulation divides and mixed precision scales it
+    best,_hooks,_was,_open,_teacher = None,(),{},(),None
     def __init__(self, 
         teacher: nn.Module|None = None,     # dense model; None for the one before `learn.decompose`
         *,
@@ -244,33 +257,43 @@ class SelfDistillation(Callback):
     ):
         if not 0 <= weight <= 1: raise ValueError(f'weight must be in [0, 1], got {weight}.')
         self.teacher,self.weight,self.distil,self.features = teacher,weight,loss_func,[features] if isinstance(features, str) else list(features)
-        self.feature_weight,self.keep_best,self.best = feature_weight,keep_best,None
+        self.feature_weight,self.keep_best = feature_weight,keep_best
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
-        self._teacher = self.teacher or getattr(getattr(self.learn, '_dense', None), 'model', None)
-        if self._teacher is None: raise ValueError('SelfDistillation needs a teacher: use it after learn.decompose(), or pass the dense model.')
-        self._was = {m: m.training for m in self._teacher.modules()}
-        self._teacher.eval().to(self.dls.device)
-        self._loss = self.distil or (SoftTargets() if isinstance(self.learn.loss_func, (CrossEntropyLossFlat, LabelSmoothingCrossEntropy, nn.CrossEntropyLoss))
-                                     else F.mse_loss)
-        self._hooks = [hook_outputs([_named(m, n) for n in self.features], detach=d) for m,d in ((self.model, False), (self._teacher, True))]
-        self.best = self._state(self._valid_loss()) if self.keep_best else None
+        teacher = self.teacher or getattr(_kept(self.learn), 'model', None)
+        if teacher is None: raise ValueError('SelfDistillation needs a teacher: use it after learn.decompose(), or pass the dense model.')
+        mods = [[_named(m, n) for n in self.features] for m in (self.model, teacher)]
+        self._loss,self._open = self.distil or _default_loss(self.learn.loss_func),[]
+        if self.keep_best: self.best = self._state(self._valid_loss())
+        self._teacher,self._was = teacher.to(self.dls.device),{m: m.training for m in teacher.modules()}
+        self._hooks = [hook_outputs(o, detach=d) for o,d in zip(mods, (False, True))]
+        teacher.eval()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == 'learn' and value is None: self._clean()     # the callback is taken away, also after an error
+
+def _default_loss(f):
+    "`SoftTargets` along the axis of a cross-entropy, else the mean squared error"
+    if isinstance(f, (CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat)): return partial(SoftTargets(), axis=f.axis)
+    if f is F.cross_entropy or isinstance(f, nn.CrossEntropyLoss): return partial(SoftTargets(), axis=1)
+    return SoftTargets() if isinstance(f, LabelSmoothingCrossEntropy) else F.mse_loss
 
 def _named(model, name):
     mods = dict(model.named_modules())
     if name not in mods: raise ValueError(f'features={name!r} is not a module of {type(model).__name__}.')
     return mods[name]
 
-# %% ../../nbs/lowrank/learner.ipynb #57daabd2
+# %% ../../nbs/lowrank/learner.ipynb #f7ef7d17
 @patch
 def _state(self:SelfDistillation, loss): return loss, {k: v.detach().clone() for k,v in self.model.state_dict().items()}
 
 @patch
 def _valid_loss(self:SelfDistillation):
     "Validation loss before the first step"
-    if not self.dls.valid or not len(self.dls.valid): raise ValueError('keep_best needs a validation set; pass keep_best=False to end with the last state.')
+    if len(self.dls.loaders) < 2 or not len(self.dls.valid): raise ValueError('keep_best needs a validation set; pass keep_best=False to end with the last state.')
     total,n,n_inp = 0.,0,getattr(self.dls, 'n_inp', -1)
     with left_as_found(self.model), torch.no_grad():
         for b in self.dls.valid:
@@ -282,7 +305,7 @@ def _valid_loss(self:SelfDistillation):
 @patch
 def after_loss(self:SelfDistillation):
     if not self.training:
-        if self.best is not None and len(self.yb): self._sum,self._n = self._sum + float(self.loss.mean())*len(self.yb[0]),self._n + len(self.yb[0])
+        if self._open and len(self.yb): self._open[-1] = [a + c for a,c in zip(self._open[-1], (float(self.loss.detach().mean())*len(self.yb[0]), len(self.yb[0]), 0))]
         return
     with torch.no_grad(): target = _first(self._teacher(*self.xb))
     pred = _first(self.pred)
@@ -292,20 +315,27 @@ def after_loss(self:SelfDistillation):
     self.learn.loss = self.loss_grad.clone()
 
 @patch
-def before_validate(self:SelfDistillation): self._sum,self._n = 0.,0
+def before_validate(self:SelfDistillation):
+    if self.best is not None: self._open.append([0., 0, int(self.dl is self.dls.valid)])    # one validation may run inside another
 
 @patch
 def after_validate(self:SelfDistillation):
-    if self.best is not None and self._n and self._sum/self._n < self.best[0]: self.best = self._state(self._sum/self._n)
+    if self.best is None or not self._open: return
+    total,n,counts = self._open.pop()
+    if n and counts and not total/n >= self.best[0] and total == total: self.best = self._state(total/n)
 
 @patch
 def after_fit(self:SelfDistillation):
     if self.best is not None: self.model.load_state_dict(self.best[1])
+    self._clean()
+
+@patch
+def _clean(self:SelfDistillation):
     for h in self._hooks: h.remove()
     for m,f in self._was.items(): m.training = f
-    self.best = self._hooks = self._was = self._teacher = None
+    self.best,self._hooks,self._was,self._open,self._teacher = None,(),{},(),None
 
-# %% ../../nbs/lowrank/learner.ipynb #a7055f91
+# %% ../../nbs/lowrank/learner.ipynb #606231c4
 class _LeastSquares:
     "Sums for the fit of `y = B h + b` from rows of h (N, k) and y (N, m)"
     def __init__(self): self.n,self.hh,self.yh = 0,0.,0.
@@ -320,6 +350,7 @@ class _LeastSquares:
         if b is None: hh,yh,old = self.hh[:-1,:-1],self.yh[:,:-1],B.double()
         else: hh,yh,old = self.hh,self.yh,torch.cat([B.double(), b.double()[:,None]], 1)
         ridge = 1e-3*max(1., 10*B.shape[1]/max(1, self.n))*hh.diagonal().mean()
+        if not ridge > 0: return B, b      # no input ever: nothing to learn from
         new = old + torch.linalg.solve(hh + ridge*torch.eye(len(hh), dtype=hh.dtype, device=hh.device), yh - old @ hh, left=False)
         return (new, None) if b is None else (new[:,:-1], new[:,-1])
 
@@ -339,7 +370,7 @@ def _pass(small, dense, batches, pair=None, layer=None):
             for h,y in zip(seen.get('h', []), seen.get('y', [])): sums.add(h, y)
     return (err/ref)**.5 if ref else 0., sums
 
-# %% ../../nbs/lowrank/learner.ipynb #a789675e
+# %% ../../nbs/lowrank/learner.ipynb #8177c081
 def _rows2(z):
     "All outputs of a model as one vector in float64"
     from_ = [z] if isinstance(z, torch.Tensor) else list(z.values()) if isinstance(z, Mapping) else list(z)
@@ -351,8 +382,10 @@ def _calls(model, data, n_batches):
     if b.fn: return [b.fn]
     def call(batch):
         args,kw,_ = model_args(model, batch, b.n_inp)
-        return lambda m: m(*args, **kw)
-    res = [call(o) for o in b]
+        return lambda m: m(*deepcopy(args), **deepcopy(kw))     # forward may write to them
+    with _rng_kept(None):
+        _seed()
+        res = [call(o) for o in b]
     if not res: raise ValueError('data has no batches.')
     return res
 
@@ -367,6 +400,9 @@ def refine(
     res,layers = copy_with(model),dict(dense.named_modules())
     pairs = [(n, m) for n,m in res.named_modules() if is_pair(m) and isinstance(layers.get(n), nn.Module) and not is_pair(layers[n])]
     if not pairs: raise ValueError('model has no pair in the place of a layer of dense.')
+    for n,m in pairs:
+        if (sizes := [getattr(layers[n], k, None) for k in ('in_features','out_features')]) != [m[0].in_features, m[1].out_features] and None not in sizes:
+            raise ValueError(f'{n!r} has {m[0].in_features} inputs and {m[1].out_features} outputs in model, {sizes[0]} and {sizes[1]} in dense.')
     calls,unseen = _calls(res, data, n_batches),[]
     best = None
     for name,pair in _Bar(pairs, 'refine'):

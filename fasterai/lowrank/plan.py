@@ -22,7 +22,7 @@ from .calibrate import Calibration, NotDifferentiable, _collect
 from .factorize import Basis, factorize, shifted_bias, spectrum, trunc_error
 from .ranks import Layer, mk_policy, round_rank
 
-# %% ../../nbs/lowrank/plan.ipynb #338ce051
+# %% ../../nbs/lowrank/plan.ipynb #e36b672e
 @dataclass(frozen=True)
 class LayerPlan(Layer):
     "The decision about one layer"
@@ -33,6 +33,7 @@ class LayerPlan(Layer):
     readable: bool = False            # does the parent read `.weight`?
     can: bool = True                  # False: the layer cannot be decomposed, for `reason`
     asked: bool = True                # False: left out by layers=, exclude= or PerLayer
+    remark: str = ''                  # what there is to say if it becomes a pair
     calibrated: bool = False          # were activations seen?
     errors: tuple[float,...]|None = None  # relative error of the output at ranks 0 to min(m, n), where the spectrum says something else
 
@@ -244,7 +245,7 @@ def _left_out(model, sites, layers, exclude, policy):
             if p is None or keys[p] is None: res.setdefault(n, 'not named in PerLayer' if p is None else 'dense by PerLayer')
     return res
 
-# %% ../../nbs/lowrank/plan.ipynb #daa46d0b
+# %% ../../nbs/lowrank/plan.ipynb #9344fdb5
 def _row_of(s: LinearSite, spec, st, basis):
     "What is known of a layer before its rank is chosen"
     w = getattr(s.module, 'weight', None)
@@ -256,17 +257,21 @@ def _row_of(s: LinearSite, spec, st, basis):
 def _decide(row, s, left_out, rank, zero, skip_unprofitable, round_to, stats):
     "One row of the plan"
     why = s.reason or left_out
-    if why or rank is None: return replace(row, reason=why or 'dense by policy', asked=not left_out)
+    row = replace(row, remark='; '.join(_remarks(row, s, zero, stats)), asked=not left_out)
+    if why or rank is None: return replace(row, reason=why or 'dense by policy')
     k = 1 if zero else round_rank(_valid(rank, row), round_to)
     if skip_unprofitable and k > row.break_even:
         return replace(row, reason=f'rank {k} would not be smaller; break-even is {row.break_even}')
+    return replace(row, rank=k, reason=row.remark)
+
+def _remarks(row, s, zero, stats):
     remark = ['zero weight'] if zero else []
     if row.aliases: remark.append(f'also known as {", ".join(row.aliases)}')
     if s.reader: remark.append(f'offers .weight to {s.reader}')
     if len(stats) and s.name not in stats and s.name not in stats.missing: remark.append('plain SVD: the statistics do not speak of it')
     if s.name in stats.missing: remark.append(f'plain SVD: {stats.missing[s.name]}')
     if s.name in stats and stats[s.name].dropped: remark.append(f'{stats[s.name].dropped} of the inputs were not finite and are not counted')
-    return replace(row, rank=k, reason='; '.join(remark))
+    return remark
 
 def _valid(rank, row):
     "`rank` as an int, checked"
@@ -380,7 +385,7 @@ def skeleton(self:DecompositionPlan,
     with torch.inference_mode(False), torch.no_grad():
         return copy_with(model, {s.module: _empty(s, self[n]) for n,s in self._sites(model).items()})
 
-# %% ../../nbs/lowrank/plan.ipynb #ed238d57
+# %% ../../nbs/lowrank/plan.ipynb #dfe002f4
 @patch
 def edit(self:DecompositionPlan, 
     layers: str|Iterable[str],                # names, containers or wildcards
@@ -400,10 +405,10 @@ def edit(self:DecompositionPlan,
     def f(o):
         if o.name not in rows or not o.can: return o
         if (k := ranks.get(o.name)) is None: return replace(o, rank=None, reason='dense by edit')
-        return replace(o, rank=_valid(k, o), reason='' if o.rank is None else o.reason)
+        return replace(o, rank=_valid(k, o), reason=o.remark)
     return replace(self, layers=tuple(map(f, self.layers)), policy=self.policy if '(edited)' in self.policy else self.policy+' (edited)')
 
-# %% ../../nbs/lowrank/plan.ipynb #01d7e43e
+# %% ../../nbs/lowrank/plan.ipynb #ada19179
 @patch
 def replan(self:DecompositionPlan, 
     policy: 'float|int|dict|Policy',    # see `mk_policy`
@@ -414,7 +419,7 @@ def replan(self:DecompositionPlan,
     ranks = policy.ranks(rows)
     def f(o):
         k = ranks.get(o.name) if o.can and o.asked else None
-        if k is not None: return replace(o, rank=_valid(k, o), reason='' if o.rank is None else o.reason)
+        if k is not None: return replace(o, rank=1 if 'zero weight' in o.remark else _valid(k, o), reason=o.remark)
         return replace(o, rank=None, reason='dense by policy') if o.can and o.asked else o
     calibrated = [o for o in self.note.split('; ') if o.startswith('calibrated')]
     return replace(self, layers=tuple(map(f, self.layers)), policy=repr(policy), note='; '.join(filter(None, [policy.note(rows), *calibrated])))
