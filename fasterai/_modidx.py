@@ -209,6 +209,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/lowrank/calibrate.py'),
                                             'fasterai.lowrank.calibrate._sens': ( 'lowrank/calibrate.html#_sens',
                                                                                   'fasterai/lowrank/calibrate.py'),
+                                            'fasterai.lowrank.calibrate._square': ( 'lowrank/calibrate.html#_square',
+                                                                                    'fasterai/lowrank/calibrate.py'),
                                             'fasterai.lowrank.calibrate._takes_mask': ( 'lowrank/calibrate.html#_takes_mask',
                                                                                         'fasterai/lowrank/calibrate.py'),
                                             'fasterai.lowrank.calibrate.calibrate': ( 'lowrank/calibrate.html#calibrate',

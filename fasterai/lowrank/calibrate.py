@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.modules import _double, _warn_user, LinearSite, find_linears, select
 from ..core.batches import run_batches
 
-# %% ../../nbs/lowrank/calibrate.ipynb #8ecddd60
+# %% ../../nbs/lowrank/calibrate.ipynb #5e4af6c1
 @contextmanager
 def _exact_products(device):
     "No TF32, no autocast"
@@ -34,6 +34,10 @@ def _exact_products(device):
 
 _SAMPLE = 256   # rows kept at most, for the shrinkage
 
+def _square(x):
+    "Sum of squares, in float64"
+    return torch.linalg.vector_norm(_double(x) if x.device.type == 'mps' else x, dtype=torch.float64).square()
+
 class _Moments:
     "Running sums of rows (N, d): mean, trace of the covariance and, with `gram`, the covariance itself"
     def __init__(self, gram: bool, centred: bool = True):
@@ -44,11 +48,11 @@ class _Moments:
         if len(x) == 0: return
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.shift is None: self.shift = x.mean(0) if self.centred else x.new_zeros(x.shape[1])
-        d = x - self.shift
-        self._sample(d)
+        d = x - self.shift if self.centred else x
+        if self.centred: self._sample(d)
         self.n += len(d)
-        self.sum,self.sq = self.sum + _double(d.sum(0)),self.sq + _double(d.square().sum(1)).sum()
-        if not self.want: return
+        self.sum = self.sum + _double(d.sum(0))
+        if not self.want: self.sq = self.sq + _square(d); return
         self.buf.append(d)
         self.held += len(d)
         if self.held >= max(1024, d.shape[1]//2): self.flush()
@@ -60,11 +64,13 @@ class _Moments:
 
     def flush(self):
         if not self.buf: return
-        d = torch.cat(self.buf)
-        P,self.buf,self.held = _double(d.T @ d),[],0
+        d,self.buf,self.held = torch.cat(self.buf),[],0
+        if d.device.type == 'cpu' and self.centred: d = d.double()   # a squared error of 1e-6 of the whole would drown in rounding of single precision
+        P = _double(d.T @ d)
+        self.sq = self.sq + P.trace()
         self.G = P if self.G is None else self.G.add_(P)
 
-# %% ../../nbs/lowrank/calibrate.ipynb #1a4eb99c
+# %% ../../nbs/lowrank/calibrate.ipynb #e5252881
 @patch
 def about(self:_Moments, shift):
     "The same sums about the point `shift`"
@@ -89,7 +95,9 @@ def _merge(parts):
 @patch
 def mean(self:_Moments): return _double(self.shift) + self.sum/self.n
 @patch
-def trace(self:_Moments): return max(0., float(self.sq/self.n - (self.sum/self.n).square().sum()))
+def trace(self:_Moments):
+    self.flush()
+    return max(0., float(self.sq/self.n - (self.sum/self.n).square().sum()))
 @patch
 def cov(self:_Moments):
     "Covariance (d, d)"
@@ -155,12 +163,12 @@ class Calibration(Mapping):
     def __repr__(self): return f'{self.title}\n{self.to_frame().to_string(index=False)}'
     def _repr_html_(self): return f'<p>{self.title}</p>{self.to_frame().to_html(index=False, border=0)}'
 
-# %% ../../nbs/lowrank/calibrate.ipynb #7ed80ac3
+# %% ../../nbs/lowrank/calibrate.ipynb #ddc96e2d
 class _Collector:
     "Sums of all layers while the model runs"
     def __init__(self, sites, sensitivity, probes):
         self.sites,self.sensitivity,self.probes = {s.name: s for s in sites},sensitivity,probes
-        self.inputs,self.outputs = {},{s.name: _Moments(True) for s in sites if s.out_features <= s.in_features}
+        self.inputs,self.outputs = {},{s.name: _Moments(True) for s in sites if s.out_features < s.in_features}
         self.sens,self.dropped = {},dict.fromkeys(self.sites, 0)
         self.last,self.group,self.mask,self.edges = None,(),None,[]
         self.z,self.items,self.batch,self.probed,self.replay = {},0,0,set(),False
@@ -203,7 +211,7 @@ def _rows(t, keep):
     t = t.detach().as_subclass(torch.Tensor).reshape(-1, t.shape[-1])   # fastai's tensors would pass their type on
     return t if keep is None else t[keep]
 
-# %% ../../nbs/lowrank/calibrate.ipynb #b0e18988
+# %% ../../nbs/lowrank/calibrate.ipynb #97f2660c
 MAX_DENSE_SENS = 8192   # a dense H larger than this becomes its diagonal
 
 @patch
@@ -230,11 +238,13 @@ def backward(self:_Collector, zs, vs=None):
 @torch.no_grad()
 def _add_grad(self:_Collector, s, g):
     g = g.to(torch.promote_types(g.dtype, torch.float32))
-    acc = self.sens.setdefault(s.name, dict(diag=0., full=_Moments(True, centred=False)))
-    acc['diag'] = acc['diag'] + _double(g.square().sum(0))
-    if self.sensitivity != 'full' or min(s.in_features, s.out_features) > MAX_DENSE_SENS: return
+    acc = self.sens.setdefault(s.name, dict(diag=0., total=0., full=_Moments(True, centred=False)))
+    acc['total'] = acc['total'] + _square(g)
+    if self.sensitivity != 'full' or min(s.in_features, s.out_features) > MAX_DENSE_SENS:
+        acc['diag'] = acc['diag'] + _double(g.square().sum(0))
+        return
     with _exact_products(g.device):
-        acc['full'].add(g if s.name in self.outputs else g @ s.weight.to(g.dtype))
+        acc['full'].add(g if s.out_features <= s.in_features else g @ s.weight.to(g.dtype))
 
 # %% ../../nbs/lowrank/calibrate.ipynb #b0dbdf23
 def _outputs(z) -> list[torch.Tensor]:
@@ -358,16 +368,16 @@ def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, se
             col.backward([value])
     return _finish(col, n)
 
-# %% ../../nbs/lowrank/calibrate.ipynb #2e25f16b
+# %% ../../nbs/lowrank/calibrate.ipynb #2cf62e35
 def _sens(col, s):
     "H of layer `s` on its smaller side, and the mean of its diagonal"
     acc = col.sens.get(s.name)
     if s.name not in col.probed: return None, 0.
-    if acc is None or not acc['diag'].any(): return torch.zeros(s.out_features, dtype=torch.float64), 0.     # no effect on the output
+    if acc is None or not acc['total']: return torch.zeros(s.out_features, dtype=torch.float64), 0.     # no effect on the output
     n = col.items if col.probes is None else max(a.n for a in col.z.values())
-    d,full = acc['diag']/n,acc['full']
+    full = acc['full']
     full.flush()
-    return (d if full.G is None else full.G/n), float(d.mean())
+    return (acc['diag'] if full.G is None else full.G)/n, float(acc['total']/n/s.out_features)
 
 def _finish(col, batches):
     "Statistics from sums"
@@ -381,7 +391,9 @@ def _finish(col, batches):
             continue
         if not math.isfinite(x.trace()): missing[name] = 'its inputs overflow'; continue
         H,h = _sens(col, s)
-        res[name] = LayerStats(x.n, x.mean(), out.cov(), x.trace(), x.shrinkage(), col.dropped[name], x.n/max(1, col.items), H, h)
+        cov = out.cov()
+        if s.in_features == s.out_features: cov = _double(s.weight) @ cov @ _double(s.weight).T    # of the outputs, from that of the inputs
+        res[name] = LayerStats(x.n, x.mean(), cov, x.trace(), x.shrinkage(), col.dropped[name], x.n/max(1, col.items), H, h)
         col.outputs.pop(name, None)     # sums are large: free what has been used
     return Calibration(res, batches=batches, missing=missing, sensitivity=(col.sensitivity or '') + (' of a loss' if col.probes is None else ''))
 
