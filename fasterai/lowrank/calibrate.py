@@ -129,7 +129,7 @@ def shrinkage(self:_Moments):
         tr2 = (on/b + (self.n-1)*(K.sum() - on)/(b*(b-1)))/self.n
     return oas_shrinkage(self.n, n, tr, max(float(tr2), tr*tr/n))
 
-# %% ../../nbs/lowrank/calibrate.ipynb #e47270b2
+# %% ../../nbs/lowrank/calibrate.ipynb #108a612e
 Sensitivity = Literal['full','diag']
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,7 @@ class Calibration(Mapping):
             columns='layer rows dropped features shrinkage sensitivity'.split())
     @property
     def title(self) -> str:
-        return f'{len(self)} layers, {self.batches} batches' + ''.join(f'; {n}: {why}' for n,why in self.missing.items())
+        return f'{len(self)} layers, {self.batches} batch{"es"[:2*(self.batches != 1)]}' + ''.join(f'; {n}: {why}' for n,why in self.missing.items())
     def __repr__(self): return f'{self.title}\n{self.to_frame().to_string(index=False)}'
     def _repr_html_(self): return f'<p>{self.title}</p>{self.to_frame().to_html(index=False, border=0)}'
 

@@ -87,10 +87,10 @@ class DecompositionPlan:
 @patch
 def _names(self:DecompositionPlan, patterns, arg): return select({o.name: o.names for o in self.layers}, patterns, arg)
 
-# %% ../../nbs/lowrank/plan.ipynb #359b028c
+# %% ../../nbs/lowrank/plan.ipynb #123de997
 @patch
 def to_frame(self:DecompositionPlan) -> pd.DataFrame:
-    "One row per layer: shape, rank, parameters of the weight before and after, predicted relative error of the weight, remark"
+    "One row per layer: shape, rank, parameters of the weight before and after, predicted relative error (see `LayerPlan.error`), remark"
     df = pd.DataFrame([dict(layer=o.name or '(the model)', shape=o.shape, rank=o.rank, before=o.weight_params, after=o.params_after,
         error=o.error, reason=o.reason) for o in self.layers], columns='layer shape rank before after error reason'.split())
     return df.astype(dict(rank='Int64', before='int64', after='int64', error='float64'))   # a missing rank is a dense layer
@@ -198,7 +198,7 @@ def make_plan(
     if not quiet: _warn(res, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
-# %% ../../nbs/lowrank/plan.ipynb #4b799240
+# %% ../../nbs/lowrank/plan.ipynb #07982e17
 def _statistics(model, data, sites, policy, n_batches, sensitivity, loss):
     "Statistics of the layers `sites`, an empty `Calibration` without data"
     if sensitivity not in (True, False, None, 'auto', 'full', 'diag'):
@@ -226,7 +226,8 @@ def _as_asked(stats, how, sensitivity, n_batches, loss):
     return Calibration({n: replace(o, sens=None) for n,o in stats.items()}, batches=stats.batches, missing=stats.missing)
 
 def _notes(policy, rows, stats):
-    return '; '.join(o for o in (policy.note(rows), f'calibrated on {stats.batches} batches' if stats else '') if o)
+    seen = f'calibrated on {stats.batches} batch{"es"[:2*(stats.batches != 1)]}' + (f', sensitivity {stats.sensitivity}' if stats.sensitivity else '')
+    return '; '.join(o for o in (policy.note(rows), seen if stats else '') if o)
 
 # %% ../../nbs/lowrank/plan.ipynb #0a761f45
 def _left_out(model, sites, layers, exclude, policy):

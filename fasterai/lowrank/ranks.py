@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.modules import match_name, select
 from .factorize import break_even
 
-# %% ../../nbs/lowrank/ranks.ipynb #e5bfd538
+# %% ../../nbs/lowrank/ranks.ipynb #b120e46e
 @dataclass(frozen=True)
 class Layer:
     "Shape and spectrum of one layer"
@@ -27,9 +27,9 @@ class Layer:
     out_features: int                       # m
     spectrum: Sequence[float]|None = field(default=None, repr=False) # singular values (min(m, n),), descending; None if not computed
     aliases: tuple[str,...] = ()            # further names of a layer registered more than once
-    weighted: bool = False                  # are squared singular values shares of the model's output error?
-    positions: float = 1.                   # rows per item of a batch: tokens, pixels
-    itemsize: int = 4                       # bytes per parameter
+    weighted: bool = field(default=False, kw_only=True) # are squared singular values shares of the model's output error?
+    positions: float = field(default=1., kw_only=True)  # rows per item of a batch: tokens, pixels
+    itemsize: int = field(default=4, kw_only=True)      # bytes per parameter
 
     @property
     def names(self) -> tuple[str,...]: return (self.name, *self.aliases)
