@@ -6,12 +6,11 @@
 __all__ = ['Solver', 'SVD_BELOW', 'RIDGE', 'DAMPING', 'pick_solver', 'gram', 'spectrum', 'trunc_error', 'Basis', 'balance',
            'residual', 'factorize', 'shifted_bias', 'break_even']
 
-# %% ../../nbs/lowrank/factorize.ipynb #cd9c8cfb
+# %% ../../nbs/lowrank/factorize.ipynb #eaae90db
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 import torch
-from torch import nn
 from ..core.modules import _double, _warn_user
 from .calibrate import LayerStats
 
