@@ -132,7 +132,7 @@ def left_as_found(
         for p,f in zip(params, flags):
             if p.requires_grad != f: p.requires_grad_(f)
 
-# %% ../../nbs/core/batches.ipynb #7caf6f20
+# %% ../../nbs/core/batches.ipynb #319d4b36
 def run_batches(
     model: nn.Module,           # in eval mode while it runs, left as found
     data,                       # see `Batches`
@@ -150,9 +150,18 @@ def run_batches(
             args,kw,targets = ((), {}, ()) if b.fn else model_args(model, batch, b.n_inp)
             if b.single and len(targets) > 2: raise ValueError(f'a tuple is one batch, and forward takes {len(args)} of its {len(batch)} items. '
                                                                'Pass several batches as a list.')
-            with torch.set_grad_enabled(grad): out = b.fn(model) if b.fn else model(*args, **kw)
+            try:
+                with torch.set_grad_enabled(grad): out = b.fn(model) if b.fn else model(*args, **kw)
+            except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as e:
+                if hasattr(e, 'add_note'): e.add_note(f'The model failed on batch {n-1} of data' + ('' if b.fn else f': {_kinds(args, kw)}') + '.')
+                raise
             yield out, targets
     if n == 0: raise ValueError('data has no batches.')
+
+def _kinds(args, kw):
+    "What was passed to a model, for an error: shapes and dtypes"
+    def f(o): return f'{str(o.dtype).removeprefix("torch.")}{tuple(o.shape)}' if isinstance(o, torch.Tensor) else type(o).__name__
+    return ', '.join([*map(f, args), *[f'{k}={f(v)}' for k,v in kw.items()]])
 
 def _seed():
     "Shuffled loaders give the same batches each time"

@@ -163,12 +163,16 @@ class Calibration(Mapping):
     def __repr__(self): return f'{self.title}\n{self.to_frame().to_string(index=False)}'
     def _repr_html_(self): return f'<p>{self.title}</p>{self.to_frame().to_html(index=False, border=0)}'
 
-# %% ../../nbs/lowrank/calibrate.ipynb #ddc96e2d
+# %% ../../nbs/lowrank/calibrate.ipynb #0e437213
+_SHARE_UP_TO = 1024     # larger square layers: going from the inputs' covariance to the outputs' would take longer than collecting it
+
+def _on_inputs(s): return s.out_features > s.in_features or s.out_features == s.in_features <= _SHARE_UP_TO
+
 class _Collector:
     "Sums of all layers while the model runs"
     def __init__(self, sites, sensitivity, probes):
         self.sites,self.sensitivity,self.probes = {s.name: s for s in sites},sensitivity,probes
-        self.inputs,self.outputs = {},{s.name: _Moments(True) for s in sites if s.out_features < s.in_features}
+        self.inputs,self.outputs = {},{s.name: _Moments(True) for s in sites if not _on_inputs(s)}
         self.sens,self.dropped = {},dict.fromkeys(self.sites, 0)
         self.last,self.group,self.mask,self.edges = None,(),None,[]
         self.z,self.items,self.batch,self.probed,self.replay = {},0,0,set(),False
@@ -280,7 +284,7 @@ def _cotangent(self:_Collector, i, z):
 class NotDifferentiable(RuntimeError):
     "The sensitivity of a model cannot be measured, because gradients do not flow through it"
 
-# %% ../../nbs/lowrank/calibrate.ipynb #c35c5433
+# %% ../../nbs/lowrank/calibrate.ipynb #66b98926
 class _Watch(TorchFunctionMode):
     "Sees `F.linear` and attention with the weights of layers that are read rather than called"
     def __init__(self, call, sites):
@@ -298,7 +302,9 @@ class _Watch(TorchFunctionMode):
         if s is None: return f(*args, **kwargs)
         W,b = o[name],o['out_proj_bias']
         x,attn = f(**o | {name: torch.eye(len(W), dtype=W.dtype, device=W.device), 'out_proj_bias': None})   # what out_proj gets
-        return self.call(s, x, F.linear(x, W, b)), attn
+        if x.ndim < 3: return self.call(s, x, F.linear(x, W, b)), attn
+        x = x.transpose(0, 1)       # (batch, tokens, n), as padding masks are
+        return self.call(s, x, F.linear(x, W, b)).transpose(0, 1), attn
 
 # %% ../../nbs/lowrank/calibrate.ipynb #21bb9bde
 def _forward_mask(model, args, kwargs):
@@ -335,7 +341,7 @@ def _hooked(model, col):
             if p.requires_grad: stack.callback(p.requires_grad_(False).requires_grad_)
         yield
 
-# %% ../../nbs/lowrank/calibrate.ipynb #45f5bd98
+# %% ../../nbs/lowrank/calibrate.ipynb #f1c54eee
 def calibrate(
     model: nn.Module,                        # left unchanged
     data,                                    # tensor, batches, DataLoader, DataLoaders, Learner, f(model): see `Batches`
@@ -348,6 +354,7 @@ def calibrate(
     types: Iterable[type] = (),              # subclasses of nn.Linear to treat as nn.Linear
 ) -> Calibration:
     "Run `model` over `data` and collect what `FC_Decomposer.plan` and `decompose` need to know about its layers"
+    sensitivity = {True: 'full', False: None}.get(sensitivity, sensitivity)
     if sensitivity not in (None, 'full', 'diag'): raise ValueError(f"sensitivity must be 'full', 'diag' or None, got {sensitivity!r}.")
     if loss is not None and sensitivity is None: raise ValueError("loss= makes the sensitivity: pass sensitivity='full' or 'diag' too.")
     sites = [s for s in find_linears(model, types=types) if s.reason is None]
@@ -368,7 +375,7 @@ def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, se
             col.backward([value])
     return _finish(col, n)
 
-# %% ../../nbs/lowrank/calibrate.ipynb #2cf62e35
+# %% ../../nbs/lowrank/calibrate.ipynb #040a27c9
 def _sens(col, s):
     "H of layer `s` on its smaller side, and the mean of its diagonal"
     acc = col.sens.get(s.name)
@@ -392,7 +399,7 @@ def _finish(col, batches):
         if not math.isfinite(x.trace()): missing[name] = 'its inputs overflow'; continue
         H,h = _sens(col, s)
         cov = out.cov()
-        if s.in_features == s.out_features: cov = _double(s.weight) @ cov @ _double(s.weight).T    # of the outputs, from that of the inputs
+        if s.in_features == s.out_features and name not in col.outputs: cov = _double(s.weight) @ cov @ _double(s.weight).T    # of the outputs, from that of the inputs
         res[name] = LayerStats(x.n, x.mean(), cov, x.trace(), x.shrinkage(), col.dropped[name], x.n/max(1, col.items), H, h)
         col.outputs.pop(name, None)     # sums are large: free what has been used
     return Calibration(res, batches=batches, missing=missing, sensitivity=(col.sensitivity or '') + (' of a loss' if col.probes is None else ''))

@@ -27,11 +27,24 @@ from .plan import DecompositionPlan, make_plan
 from .ranks import ParamBudget, RankRatio
 from .report import plot_tradeoff
 
-# %% ../../nbs/lowrank/learner.ipynb #e67800ea
+# %% ../../nbs/lowrank/learner.ipynb #00bd6120
 class _Kept:
     "The dense model, to go back to; left out when the Learner is exported"
     def __init__(self, model: nn.Module|None = None): self.model = model
     def __reduce__(self): return (_Kept, ())
+
+class _Unset:
+    def __repr__(self): return 'not given'     # None is what a search without success leaves behind
+
+_UNSET = _Unset()
+
+def _given_plan(plan, others):
+    "The plan in `plan`, which may be a `RankSuggestion`"
+    plan = getattr(plan, 'plan', plan)
+    if plan is None: raise ValueError('plan is None: rank_find found no budget that keeps the metric. Raise max_drop, or pass a policy.')
+    if not isinstance(plan, DecompositionPlan): raise TypeError(f'plan must be a DecompositionPlan or what rank_find returned, got {type(plan).__name__}.')
+    if others: raise ValueError('a plan says which layers get which ranks: pass it without rank_ratio, policy, layers, exclude and the like.')
+    return plan
 
 def _kept(learn): return learn.__dict__.get('_dense')   # getattr would go on to the model
 
@@ -40,7 +53,7 @@ def decompose(self:Learner,
     rank_ratio: float = 0.5,                # share of singular values to keep, in (0, 1]
     *,
     policy: 'Policy|float|int|Mapping|None' = None, # in place of `rank_ratio`: a policy, a rank, {name: policy}
-    plan: DecompositionPlan|None = None,    # in place of both and of what follows `data`: a plan, such as the one `rank_find` suggests
+    plan: 'DecompositionPlan|RankSuggestion' = _UNSET, # in place of all that chooses layers and ranks: a plan, or what `rank_find` found
     data=None,                              # calibration data or a `Calibration`; None for the training set of `dls`
     calibrated: bool = True,                # False: plain SVD, without looking at data
     n_batches: int|None = None,             # batches to look at, None for all
@@ -52,7 +65,10 @@ def decompose(self:Learner,
     types: Iterable[type] = (),             # subclasses of nn.Linear to treat as nn.Linear
 ) -> Learner:                               # itself
     "Replace the model by its decomposed form and forget the optimizer; `undecompose` goes back"
-    if plan is None:
+    if plan is not _UNSET: plan = _given_plan(plan, rank_ratio != 0.5 or policy or layers or exclude or skip_unprofitable or round_to != 1 or types)
+    if _kept(self) is not None:
+        _warn_user('this Learner is decomposed already: its pairs stay as they are. learn.undecompose() goes back to the dense model first.')
+    if plan is _UNSET:
         if policy is not None and rank_ratio != 0.5: raise ValueError(f'pass rank_ratio={rank_ratio} or policy={policy!r}, not both.')
         plan = make_plan(self.model, RankRatio(rank_ratio) if policy is None else policy, spectra=False, data=(self.dls if data is None else data) if calibrated
             else None, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, skip_unprofitable=skip_unprofitable,
@@ -136,7 +152,7 @@ def _search(sweep, ratios, refine):
     ok = [r for r,o in sweep.rows.items() if o['ok']]
     return min(ok) if ok else None
 
-# %% ../../nbs/lowrank/learner.ipynb #83797b50
+# %% ../../nbs/lowrank/learner.ipynb #ce76ebcb
 def rank_find(
     model: nn.Module,                       # left unchanged
     evaluate: Callable[[nn.Module],float],  # the metric of a model, on data kept for validation
@@ -161,8 +177,10 @@ def rank_find(
     def good(v): return v >= dense - max_drop - 1e-9 if higher_is_better else v <= dense + max_drop + 1e-9
     plan = make_plan(model, ParamBudget(1., cost=cost), data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types,
                      quiet=True)
+    if not any(o.can and o.asked for o in plan.layers): raise ValueError('nothing to decompose' + ''.join(f'; {o.name}: {o.reason}' for o in plan.layers[:3]) + '.')
     sweep = _Sweep(model, plan, evaluate, good, cost)
     ratio = _search(sweep, ratios, refine)
+    if not sweep.rows: plan.replan(ParamBudget(max(ratios), cost=cost))     # raises: not even the largest is enough for these layers
     frame = pd.DataFrame(sorted(sweep.rows.values(), key=lambda o: -o['ratio']), columns='ratio params share metric ok'.split())
     return RankSuggestion(frame, dense, max_drop, metric, higher_is_better, ratio,
                           None if ratio is None else plan.replan(ParamBudget(ratio, cost=cost)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LayerPlan', 'DecompositionPlan', 'make_plan', 'write_atomic', 'to_dense']
 
-# %% ../../nbs/lowrank/plan.ipynb #b9111dcb
+# %% ../../nbs/lowrank/plan.ipynb #ded4fe93
 import json, os, tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace, asdict
@@ -20,7 +20,7 @@ from torch import nn
 from ..core.modules import _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
 from .calibrate import Calibration, NotDifferentiable, _collect
 from .factorize import Basis, factorize, shifted_bias, spectrum, trunc_error
-from .ranks import Layer, mk_policy, round_rank
+from .ranks import Layer, ParamBudget, mk_policy, round_rank
 
 # %% ../../nbs/lowrank/plan.ipynb #e36b672e
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _basis(s, stats):
     try: return replace(factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None), W=None)
     except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
 
-# %% ../../nbs/lowrank/plan.ipynb #656958b3
+# %% ../../nbs/lowrank/plan.ipynb #a2ab3209
 @torch.no_grad()
 def make_plan(
     model: nn.Module,                       # left unchanged
@@ -179,6 +179,7 @@ def make_plan(
     if isinstance(layers, Iterable) and not isinstance(layers, str): layers = tuple(layers)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f'round_to must be an int of at least 1, got {round_to!r}.')
+    if isinstance(policy, ParamBudget) and round_to != 1: raise ValueError(f'a budget chooses its own ranks: pass ParamBudget(…, round_to={round_to}).')
     left_out = _left_out(model, sites, layers, exclude, policy)
     todo = [s for s in sites if s.reason is None and s.name not in left_out]
     zero = {s.name for s in todo if _check_finite(s)}
@@ -194,11 +195,11 @@ def make_plan(
     chosen = [rows[s.name] for s in todo if s.name not in left_out]
     ranks = policy.ranks(chosen)
     res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
-        skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model), _notes(policy, chosen, stats), stats.sensitivity, bases)
+        skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model), _notes(policy, chosen, stats if bases else {}), stats.sensitivity, bases)
     if not quiet: _warn(res, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
-# %% ../../nbs/lowrank/plan.ipynb #07982e17
+# %% ../../nbs/lowrank/plan.ipynb #2dabc3ee
 def _statistics(model, data, sites, policy, n_batches, sensitivity, loss):
     "Statistics of the layers `sites`, an empty `Calibration` without data"
     if sensitivity not in (True, False, None, 'auto', 'full', 'diag'):
@@ -222,11 +223,14 @@ def _as_asked(stats, how, sensitivity, n_batches, loss):
     if sensitivity in (True, 'full', 'diag') and not (stats.sensitivity if how == 'full' and sensitivity is True else stats.sensitivity.startswith(how)):
         raise ValueError(f'sensitivity={sensitivity!r}, but the statistics hold {stats.sensitivity or "none"}. '
                          f'Collect them with calibrate(model, data, sensitivity={how!r}).')
+    if how is not None and not stats.sensitivity:
+        _warn_user("the statistics hold no sensitivity: errors of all layers count alike. calibrate(…, sensitivity='full') collects it; "
+                   'sensitivity=False avoids this warning.')
     if sensitivity or not stats.sensitivity: return stats
     return Calibration({n: replace(o, sens=None) for n,o in stats.items()}, batches=stats.batches, missing=stats.missing)
 
 def _notes(policy, rows, stats):
-    seen = f'calibrated on {stats.batches} batch{"es"[:2*(stats.batches != 1)]}' + (f', sensitivity {stats.sensitivity}' if stats.sensitivity else '')
+    seen = stats and f'calibrated on {stats.batches} batch{"es"[:2*(stats.batches != 1)]}, {max(o.rows for o in stats.values()):,} row{"s"[:max(o.rows for o in stats.values()) != 1]}' + (f', sensitivity {stats.sensitivity}' if stats.sensitivity else '')
     return '; '.join(o for o in (policy.note(rows), seen if stats else '') if o)
 
 # %% ../../nbs/lowrank/plan.ipynb #0a761f45

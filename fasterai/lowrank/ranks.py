@@ -134,7 +134,7 @@ class PerLayer(Policy):
             res |= dict.fromkeys([o.name for o in group]) if pol is None else pol.ranks(group)
         return res
 
-# %% ../../nbs/lowrank/ranks.ipynb #7694ee07
+# %% ../../nbs/lowrank/ranks.ipynb #20358ed7
 _UNITS = 4000   # steps of the budget in the dynamic program
 
 def _check_budget(ratio, params, cost, round_to):
@@ -150,10 +150,10 @@ def _check_budget(ratio, params, cost, round_to):
 @dataclass(frozen=True)
 class ParamBudget(Policy):
     "Ranks of least total error under a total cost of the weights; no layer grows"
-    ratio: float|None = None                                   # share of the cost of the dense layers, in (0, 1]
+    ratio: float|None = None                                   # share of the cost of these layers' dense weights, in (0, 1]
     params: int|None = field(default=None, kw_only=True)       # in place of `ratio`: parameters of all these layers together
     cost: Literal['params','macs','bytes'] = field(default='params', kw_only=True)  # what is limited
-    round_to: int = field(default=8, kw_only=True)             # ranks in multiples of this, but for layers that have few
+    round_to: int = field(default=8, kw_only=True)             # ranks in multiples of this; any rank for a layer that gets smaller at fewer than four of them
     wants_sensitivity = True
     def __post_init__(self): _check_budget(self.ratio, self.params, self.cost, self.round_to)
     def __repr__(self):
