@@ -578,9 +578,22 @@ def test_layers_exclude_cost_pass_through():
 @pytest.mark.parametrize('m', [nn.Sequential(nn.Conv1d(1, 2, 3)), nn.Sequential(nn.ReLU()), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))],
                          ids=['conv', 'no parameters', 'parametrized'])
 def test_nothing_can_be_decomposed(m):
-    res = rank_find(m, lambda o: 1., None, higher_is_better=True)
-    assert isinstance(repr(res), str) and isinstance(res.plot(), plt.Axes)
-    assert res.plan is None or res.plan.params_after == res.plan.params and not res.plan.replaced
+    with pytest.raises(ValueError, match='nothing to decompose'): rank_find(m, lambda o: 1., None, higher_is_better=True)
+
+def test_no_budget_is_large_enough_for_the_layers():
+    with pytest.raises(ValueError, match='need at least'): rank_find(mlp(), lambda o: 1., None, higher_is_better=True, ratios=(.001,))
+
+def test_a_search_without_success_is_no_plan():
+    learn = learner()
+    res = rank_find(learn.model, lambda o, seen=[]: seen.append(1) or float(len(seen) == 1), None,
+                    higher_is_better=True, ratios=(.5,))
+    assert res.plan is None
+    for given in (res, res.plan):
+        with pytest.raises(ValueError, match='found no budget'): learn.decompose(plan=given)
+    plan = FC_Decomposer(policy=2).plan(learn.model)
+    with pytest.raises(ValueError, match='a plan says which layers'): learn.decompose(plan=plan, exclude='0')
+    with pytest.raises(TypeError, match='got int'): learn.decompose(plan=3)
+    with pytest.warns(UserWarning, match='decomposed already'): learn.decompose(plan=plan).decompose(.5)
 
 def test_rank_find_of_a_decomposed_learner():
     learn = learner().decompose(.5, layers='0')
