@@ -7,7 +7,7 @@ __all__ = ['Batches', 'model_args', 'left_as_found', 'run_batches']
 
 # %% ../../nbs/core/batches.ipynb #0b148a95
 import inspect, random, time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, islice

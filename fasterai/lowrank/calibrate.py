@@ -7,7 +7,7 @@ __all__ = ['Sensitivity', 'MAX_DENSE_SENS', 'oas_shrinkage', 'LayerStats', 'Cali
 
 # %% ../../nbs/lowrank/calibrate.ipynb #f209ff53
 import inspect, json, math, os, tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from ..core.modules import _double, _warn_user, LinearSite, find_linears, select
+from ..core.modules import _double, find_linears, select
 from ..core.batches import run_batches
 
 # %% ../../nbs/lowrank/calibrate.ipynb #5e4af6c1

@@ -21,7 +21,7 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropy, Labe
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 from torch import nn
-from ..core.modules import _warn_user, copy_with, count_params, find_linears, is_pair
+from ..core.modules import _warn_user, copy_with, is_pair
 from ..core.batches import _Bar, _rng_kept, _seed, Batches, left_as_found, model_args
 from .plan import DecompositionPlan, make_plan
 from .ranks import ParamBudget, RankRatio
