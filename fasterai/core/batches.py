@@ -29,6 +29,7 @@ def _train_batches(dls):
         dl.rng = random.Random(0)
         yield from dl
 
+# %% ../../nbs/core/batches.ipynb #36904cd4
 class Batches:
     "The batches of `data`, whatever its form"
     def __init__(self, 
@@ -163,6 +164,7 @@ def _kinds(args, kw):
     def f(o): return f'{str(o.dtype).removeprefix("torch.")}{tuple(o.shape)}' if isinstance(o, torch.Tensor) else type(o).__name__
     return ', '.join([*map(f, args), *[f'{k}={f(v)}' for k,v in kw.items()]])
 
+# %% ../../nbs/core/batches.ipynb #0875a90d
 def _seed():
     "Shuffled loaders give the same batches each time"
     torch.default_generator.manual_seed(0)

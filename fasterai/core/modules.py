@@ -7,13 +7,15 @@ __all__ = ['LINEAR_ATTRS', 'LowRankLinear', 'mk_pair', 'is_pair', 'weight_reader
            'select', 'copy_with', 'count_params']
 
 # %% ../../nbs/core/modules.ipynb #c7976e9a
-import ast, copy, inspect, sys, textwrap, types, warnings
-from collections import Counter, defaultdict
+import ast, copy, inspect, os, sys, tempfile, textwrap, types, warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -472,3 +474,22 @@ def _warn_user(msg):
     depth,f = 2,sys._getframe(1)
     while f.f_back and f.f_globals.get('__name__', '').split('.')[0] in ('fasterai', 'torch', 'contextlib'): depth,f = depth+1,f.f_back
     warnings.warn(msg, stacklevel=depth)
+
+# %% ../../nbs/core/modules.ipynb #556dcfbe
+@contextmanager
+def _atomic(path, overwrite):
+    "A path to write to; the file takes its place at `path` when it is whole"
+    path = Path(path)
+    if path.exists() and not overwrite: raise FileExistsError(f'{path} exists. Pass overwrite=True to replace it.')
+    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name+'.')
+    os.close(fd)
+    try:
+        yield tmp
+        os.chmod(tmp, 0o666 & ~_umask())
+        os.replace(tmp, path)
+    finally: Path(tmp).unlink(missing_ok=True)
+
+def _umask():
+    m = os.umask(0)
+    os.umask(m)
+    return m

@@ -6,7 +6,7 @@
 __all__ = ['Sensitivity', 'MAX_DENSE_SENS', 'oas_shrinkage', 'LayerStats', 'Calibration', 'NotDifferentiable', 'calibrate']
 
 # %% ../../nbs/lowrank/calibrate.ipynb #f209ff53
-import inspect, json, math, os, tempfile
+import inspect, json, math, os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from ..core.modules import _double, find_linears, select
+from ..core.modules import _atomic, _double, find_linears, select
 from ..core.batches import run_batches
 
 # %% ../../nbs/lowrank/calibrate.ipynb #5e4af6c1
@@ -38,6 +38,7 @@ def _square(x):
     "Sum of squares, in float64"
     return torch.linalg.vector_norm(_double(x) if x.device.type == 'mps' else x, dtype=torch.float64).square()
 
+# %% ../../nbs/lowrank/calibrate.ipynb #bb457d97
 class _Moments:
     "Running sums of rows (N, d): mean, trace of the covariance and, with `gram`, the covariance itself"
     def __init__(self, gram: bool, centred: bool = True):
@@ -189,27 +190,30 @@ class _Collector:
             keep = fine if keep is None else fine & keep
         return keep
 
-    @torch.no_grad()
-    def see(self, s, x, y):
-        "Layer `s` turned `x` into `y`"
-        version = None if x.is_inference() else x._version
-        if self.last is None or self.last[0] is not x or version is None or self.last[1] != version or s.name in self.group:
-            self.commit()
-            keep = self._keep(x, s.name)
-            self.last,self.group = (x, version, keep, _rows(x, keep).clone()),()     # a copy: the model may change x in place
-        self.group += (s.name,)
-        if s.name in self.outputs:
-            keep = self.last[2]
-            y = _rows(y, keep)
-            if not y.sum(dtype=torch.promote_types(y.dtype, torch.float32)).isfinite(): y = y[y.isfinite().all(1)]   # overflow
-            with _exact_products(y.device): self.outputs[s.name].add(y)
+# %% ../../nbs/lowrank/calibrate.ipynb #2f39c2dd
+@patch
+@torch.no_grad()
+def see(self:_Collector, s, x, y):
+    "Layer `s` turned `x` into `y`"
+    version = None if x.is_inference() else x._version
+    if self.last is None or self.last[0] is not x or version is None or self.last[1] != version or s.name in self.group:
+        self.commit()
+        keep = self._keep(x, s.name)
+        self.last,self.group = (x, version, keep, _rows(x, keep).clone()),()     # a copy: the model may change x in place
+    self.group += (s.name,)
+    if s.name in self.outputs:
+        keep = self.last[2]
+        y = _rows(y, keep)
+        if not y.sum(dtype=torch.promote_types(y.dtype, torch.float32)).isfinite(): y = y[y.isfinite().all(1)]   # overflow
+        with _exact_products(y.device): self.outputs[s.name].add(y)
 
-    def commit(self):
-        "Count the last input, once for all layers that took it"
-        if self.last is None: return
-        rows,key,self.last = self.last[3],frozenset(self.group),None
-        if key not in self.inputs: self.inputs[key] = _Moments(any(n not in self.outputs for n in key))
-        with _exact_products(rows.device): self.inputs[key].add(rows)
+@patch
+def commit(self:_Collector):
+    "Count the last input, once for all layers that took it"
+    if self.last is None: return
+    rows,key,self.last = self.last[3],frozenset(self.group),None
+    if key not in self.inputs: self.inputs[key] = _Moments(any(n not in self.outputs for n in key))
+    with _exact_products(rows.device): self.inputs[key].add(rows)
 
 def _rows(t, keep):
     t = t.detach().as_subclass(torch.Tensor).reshape(-1, t.shape[-1])   # fastai's tensors would pass their type on
@@ -414,18 +418,11 @@ def save(self:Calibration,
     overwrite: bool = False, # replace an existing file?
 ) -> Path:
     "Write the statistics as safetensors"
-    path = Path(path)
-    if path.exists() and not overwrite: raise FileExistsError(f'{path} exists. Pass overwrite=True to replace it.')
     tensors = {f'{n}/{k}': t.contiguous().clone() for n,o in self.items() for k in ('mean','cov','sens') if (t := getattr(o, k)) is not None}
     rows = {n: {f.name: v for f in fields(o) if not isinstance(v := getattr(o, f.name), torch.Tensor)} for n,o in self.items()}
     meta = dict(type=_TYPE, version=_VERSION, layers=json.dumps(rows), missing=json.dumps(self.missing), batches=str(self.batches), sensitivity=self.sensitivity)
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name+'.')
-    os.close(fd)
-    try:
-        save_file(tensors, tmp, meta)
-        os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
-    return path
+    with _atomic(path, overwrite) as tmp: save_file(tensors, tmp, meta)
+    return Path(path)
 
 @patch(cls_method=True)
 def load(cls:Calibration, 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_model
 from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.models import vgg16_bn
-from ..core.modules import count_params
-from .plan import DecompositionPlan, _umask, make_plan
+from ..core.modules import _umask, count_params
+from .plan import DecompositionPlan, make_plan
 from ..misc.fc_decomposer import FC_Decomposer
 
 # %% ../../nbs/lowrank/cli.ipynb #1baa8feb

@@ -120,6 +120,7 @@ class Basis:
             if o is not t: o.copy_(t)
         return out
 
+# %% ../../nbs/lowrank/factorize.ipynb #7366e3c3
 def _own(t, dtype):
     "`t` in `dtype`, contiguous, in storage of exactly its size"
     t = t.to(dtype).contiguous()
@@ -250,6 +251,7 @@ def _directions(W, st, S, solver):
     _,U,name = _eig(F.T @ S @ F, W, solver)
     return torch.linalg.solve_triangular(F.T, U, upper=True), F @ U, name
 
+# %% ../../nbs/lowrank/factorize.ipynb #37206388
 def _calibrated(W, st, centred, solver):
     (m,n),wide = W.shape,W.shape[0] <= W.shape[1]
     if st.sens is not None and not st.sens_mean:    # the output does not depend on this layer: its errors cost nothing

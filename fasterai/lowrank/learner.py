@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.modules import _warn_user, copy_with, is_pair
 from ..core.batches import _Bar, _rng_kept, _seed, Batches, left_as_found, model_args
+from .calibrate import _outputs
 from .plan import DecompositionPlan, make_plan
 from .ranks import ParamBudget, RankRatio
 from .report import plot_tradeoff
@@ -48,6 +49,7 @@ def _given_plan(plan, others):
 
 def _kept(learn): return learn.__dict__.get('_dense')   # getattr would go on to the model
 
+# %% ../../nbs/lowrank/learner.ipynb #7c2f0e97
 @patch
 def decompose(self:Learner, 
     rank_ratio: float = 0.5,                # share of singular values to keep, in (0, 1]
@@ -79,6 +81,7 @@ def decompose(self:Learner,
     self.model,self.opt = small,None
     return self
 
+# %% ../../nbs/lowrank/learner.ipynb #27aff599
 @patch
 def undecompose(self:Learner) -> Learner: # itself
     "Put the dense model back, as it was before `decompose`, and forget the optimizer"
@@ -209,6 +212,7 @@ def _metric_index(learn, metric):
         i = at[0] + 1
     return i, names[i]
 
+# %% ../../nbs/lowrank/learner.ipynb #853c9e7a
 @contextmanager
 def _with_model(learn, model):
     "`model` in the place of the Learner's, whose model, record and random state are as before at the end"
@@ -222,6 +226,7 @@ def _with_model(learn, model):
             learn.model = before
             for k,v in recs.items(): setattr(learn.recorder, k, v)
 
+# %% ../../nbs/lowrank/learner.ipynb #945e5eeb
 @patch
 def rank_find(self:Learner, 
     max_drop: float = 0.01,                 # loss that is still good, in units of the metric: 0.01 is one point of accuracy
@@ -260,6 +265,7 @@ def _first(o): return o[0] if isinstance(o, (tuple, list)) else o
 
 def _feature_loss(a, b): return F.mse_loss(a, b)/b.square().mean().clamp(min=1e-12)
 
+# %% ../../nbs/lowrank/learner.ipynb #8d0467ac
 class SelfDistillation(Callback):
     "Train towards what the dense model does, and keep the best state seen"
     order = MixedPrecision.order - 5    # the loss is changed before gradient accumulation divides and mixed precision scales it
@@ -293,6 +299,7 @@ class SelfDistillation(Callback):
         super().__setattr__(name, value)
         if name == 'learn' and value is None: self._clean()     # the callback is taken away, also after an error
 
+# %% ../../nbs/lowrank/learner.ipynb #6c57e9d1
 def _default_loss(f):
     "`SoftTargets` along the axis of a cross-entropy, else the mean squared error"
     if isinstance(f, (CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat)): return partial(SoftTargets(), axis=f.axis)
@@ -336,6 +343,7 @@ def after_loss(self:SelfDistillation):
 def before_validate(self:SelfDistillation):
     if self.best is not None: self._open.append([0., 0, int(self.dl is self.dls.valid)])    # one validation may run inside another
 
+# %% ../../nbs/lowrank/learner.ipynb #6f4498ae
 @patch
 def after_validate(self:SelfDistillation):
     if self.best is None or not self._open: return
@@ -383,17 +391,12 @@ def _pass(small, dense, batches, pair=None, layer=None):
         stack.enter_context(torch.no_grad())
         for call in batches:
             seen.clear()
-            z,t = (_rows2(call(m)) for m in (small, dense))
+            z,t = (torch.cat([o.double().flatten() for o in _outputs(call(m))]) for m in (small, dense))
             err,ref = err + float((z - t).square().sum()),ref + float(t.square().sum())
             for h,y in zip(seen.get('h', []), seen.get('y', [])): sums.add(h, y)
     return (err/ref)**.5 if ref else 0., sums
 
 # %% ../../nbs/lowrank/learner.ipynb #8177c081
-def _rows2(z):
-    "All outputs of a model as one vector in float64"
-    from_ = [z] if isinstance(z, torch.Tensor) else list(z.values()) if isinstance(z, Mapping) else list(z)
-    return torch.cat([o.double().flatten() for o in from_ if isinstance(o, torch.Tensor) and o.is_floating_point()])
-
 def _calls(model, data, n_batches):
     "Batches as functions of a model, kept: the data are gone through once per layer"
     b = Batches(data, n_batches)
@@ -407,6 +410,7 @@ def _calls(model, data, n_batches):
     if not res: raise ValueError('data has no batches.')
     return res
 
+# %% ../../nbs/lowrank/learner.ipynb #a709ad8b
 def refine(
     model: nn.Module,           # decomposed; left unchanged
     dense: nn.Module,           # what it was made from; left unchanged
@@ -435,6 +439,7 @@ def refine(
     if unseen: _warn_user(f'not refined, because they are not called on this data: {", ".join(unseen)}.')
     return res
 
+# %% ../../nbs/lowrank/learner.ipynb #266105d9
 def _set(lin, W, b):
     lin.weight.data.copy_(W)
     if b is not None: lin.bias.data.copy_(b)

@@ -6,7 +6,7 @@
 __all__ = ['LayerPlan', 'DecompositionPlan', 'make_plan', 'write_atomic', 'to_dense']
 
 # %% ../../nbs/lowrank/plan.ipynb #ded4fe93
-import json, os, tempfile
+import json, os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace, asdict
 from numbers import Integral
@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
-from ..core.modules import _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
+from ..core.modules import _atomic, _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
 from .calibrate import Calibration, NotDifferentiable, _collect
 from .factorize import Basis, factorize, shifted_bias, spectrum, trunc_error
 from .ranks import Layer, ParamBudget, mk_policy, round_rank
@@ -177,9 +177,7 @@ def make_plan(
     "Decide about every fully-connected layer of `model`"
     policy,sites = mk_policy(policy),find_linears(model, types=types)
     if isinstance(layers, Iterable) and not isinstance(layers, str): layers = tuple(layers)
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f'round_to must be an int of at least 1, got {round_to!r}.')
-    if isinstance(policy, ParamBudget) and round_to != 1: raise ValueError(f'a budget chooses its own ranks: pass ParamBudget(…, round_to={round_to}).')
+    _check_round_to(round_to, policy)
     left_out = _left_out(model, sites, layers, exclude, policy)
     todo = [s for s in sites if s.reason is None and s.name not in left_out]
     zero = {s.name for s in todo if _check_finite(s)}
@@ -249,6 +247,11 @@ def _left_out(model, sites, layers, exclude, policy):
             p = policy.pattern(ns)
             if p is None or keys[p] is None: res.setdefault(n, 'not named in PerLayer' if p is None else 'dense by PerLayer')
     return res
+
+def _check_round_to(round_to, policy):
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f'round_to must be an int of at least 1, got {round_to!r}.')
+    if isinstance(policy, ParamBudget) and round_to != 1: raise ValueError(f'a budget chooses its own ranks: pass ParamBudget(…, round_to={round_to}).')
 
 # %% ../../nbs/lowrank/plan.ipynb #9344fdb5
 def _row_of(s: LinearSite, spec, st, basis):
@@ -343,6 +346,7 @@ def apply(self:DecompositionPlan,
             if pair is not None: new[s.module] = pair
         return copy_with(model, new)
 
+# %% ../../nbs/lowrank/plan.ipynb #b46681a6
 @patch
 def _bases(self:DecompositionPlan, model, sites, data, n_batches):
     "Bases of the calibrated layers: those made with the plan, or made anew from `data`"
@@ -362,6 +366,7 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
         raise ValueError(f'data says nothing about {lost[0]!r}' + (f': {stats.missing[lost[0]]}.' if lost[0] in stats.missing else '.'))
     return {s.name: b for s in _progress(want, 'spectra') if (b := _basis(s, stats[s.name])) is not None}
 
+# %% ../../nbs/lowrank/plan.ipynb #38f8c10f
 def _mk(s, row, basis=None):
     "The pair for one layer, None (and a warning) where every solver failed"
     W = s.weight
@@ -439,22 +444,8 @@ def write_atomic(
     overwrite: bool = False, # replace an existing file?
 ) -> Path:
     "Write `data` to a temporary file beside `path`, then rename it: a crash never leaves half a file"
-    path = Path(path)
-    if path.exists() and not overwrite: raise FileExistsError(f'{path} exists. Pass overwrite=True to replace it.')
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name+'.')
-    try:
-        with os.fdopen(fd, 'wb') as f: f.write(data.encode() if isinstance(data, str) else data)
-        os.chmod(tmp, 0o666 & ~_umask())
-        os.replace(tmp, path)
-    except BaseException:
-        Path(tmp).unlink(missing_ok=True)
-        raise
-    return path
-
-def _umask():
-    m = os.umask(0)
-    os.umask(m)
-    return m
+    with _atomic(path, overwrite) as tmp: Path(tmp).write_bytes(data.encode() if isinstance(data, str) else data)
+    return Path(path)
 
 # %% ../../nbs/lowrank/plan.ipynb #6348113e
 @patch

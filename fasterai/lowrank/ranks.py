@@ -246,6 +246,7 @@ def _bound(choices, budget):
         if lo and hi/lo < 1 + 1e-9: break
     return max(at(lo)[0], at(hi)[0]), at(hi)[2]
 
+# %% ../../nbs/lowrank/ranks.ipynb #39c81a6f
 @dataclass(frozen=True)
 class BudgetSolution:
     "Ranks, what they cost, and how far from the best possible they can be"
@@ -259,6 +260,7 @@ class BudgetSolution:
         gap = '' if self.error <= 0 else f', total error within {max(0., (self.error/self.bound)**.5 - 1) if self.bound > 0 else math.inf:.2%} of the least possible'
         return f'{self.cost:,.0f} of {self.budget:,.0f} {self.unit} used ({self.cost/self.budget:.1%}){gap}'
 
+# %% ../../nbs/lowrank/ranks.ipynb #a68877cb
 @patch
 def solve(self:ParamBudget, layers: Sequence[Layer]) -> BudgetSolution:
     "The ranks, with a certificate"

@@ -15,6 +15,7 @@ from ..lowrank.ranks import Policy, RankRatio, mk_policy
 # %% ../../nbs/misc/fc_decomposer.ipynb #efd71fc0
 def _names(x): return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else x  # a generator would serve one call only
 
+# %% ../../nbs/misc/fc_decomposer.ipynb #21ff5e6f
 class FC_Decomposer:
     "Decompose the fully-connected layers of a model by truncated SVD"
     def __init__(self, 
