@@ -403,7 +403,8 @@ def _report(results, rest, opts, threads):
 
 @call_parse
 def main(
-    quick: store_true, # one small model, in about a minute
+    quick: store_true, # one small model, in about two minutes
+    costs: store_true, # measure the cost of a calibration alone, and print it
     threads: int = 1,  # threads of torch
     cache: str = '',   # folder that keeps the published package and the trained models; a temporary one by default
     out: str = '',     # Markdown file to write
@@ -415,6 +416,9 @@ def main(
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(cache or tmp)
         folder.mkdir(parents=True, exist_ok=True)
+        if costs:
+            rows = [[n, *(f'{v:.2f}' for v in cost(_case(n, folder)).values())] for n in (QUICK if quick else CASES)]
+            return print('\n'.join(_md(['model', 'without sensitivity', 'with'], rows, 2)))
         peer = _peer_class(_install(folder))
         rest['correlated'] = correlated(peer)
         for name in (QUICK if quick else CASES):
