@@ -10,14 +10,18 @@ __all__ = ['Solver', 'SVD_BELOW', 'RIDGE', 'DAMPING', 'pick_solver', 'gram', 'sp
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
-import torch
+import numpy as np, torch
+from scipy.linalg.blas import get_blas_funcs
+from scipy.linalg.lapack import get_lapack_funcs
+from threadpoolctl import threadpool_limits
 from ..core.modules import _double, _warn_user
-from .calibrate import LayerStats
+from .calibrate import LayerStats, _exact_products
 
 # %% ../../nbs/lowrank/factorize.ipynb #f818d532
 Solver = Literal['auto','gram','svd']
 SVD_BELOW = 256     # 'auto' takes torch.linalg.svd when the smaller side is at most this: it is fast there anyway
-_CHUNK = 2**22      # elements of W converted to float64 at a time
+_CHUNK = 2**22      # elements of W converted to another precision at a time
+_BLOCK = 64         # LAPACK's block size, for its work space
 _TOL = 1e-8         # half of the digits of float64 must hold
 
 def pick_solver(
@@ -30,19 +34,63 @@ def pick_solver(
     return 'svd' if W.dtype == torch.float64 or min(W.shape) <= SVD_BELOW else 'gram'
 
 # %% ../../nbs/lowrank/factorize.ipynb #cb0781cf
-def _slices(W: torch.Tensor) -> Iterator[torch.Tensor]:
-    "`W`, or its transpose if tall, in float64: slices (r, w) of the longer side"
+def _slices(W: torch.Tensor, dtype: torch.dtype = torch.float64) -> Iterator[torch.Tensor]:
+    "`W`, or its transpose if tall, in `dtype`: slices (r, w) of the longer side; all of it where nothing has to be converted"
     if W.shape[0] > W.shape[1]: W = W.T
-    for c in W.split(max(1, _CHUNK//len(W)), dim=1): yield _double(c)
+    if W.dtype == dtype and W.device.type != 'mps': yield W; return
+    for c in W.split(max(1, _CHUNK//len(W)), dim=1): yield _double(c) if dtype == torch.float64 else c.to(dtype)
+
+def _on_cpu(t): return t.device.type == 'cpu'
+
+def _blas_threads(): return threadpool_limits(torch.get_num_threads(), 'blas')
+
+def _mm(a, b, out):
+    "`a @ b` into `out`"
+    if not _on_cpu(out): torch.mm(a, b, out=out); return
+    with _blas_threads(): np.matmul(a.numpy(), b.numpy(), out=out.numpy())
+
+def _lower_gram(W, dtype):
+    "Gram matrix on the smaller side, summed in `dtype`; only the lower triangle is meant"
+    r,like = min(W.shape),_double(W[:0])     # where the device has float64
+    if not _on_cpu(like):
+        G = torch.zeros(r, r, dtype=dtype, device=like.device)
+        for c in _slices(W, dtype): G.addmm_(c, c.T)
+        return G
+    G = np.zeros((r, r), f'f{dtype.itemsize}', order='F')
+    syrk, = get_blas_funcs(('syrk',), (G,))
+    with _blas_threads():
+        for c in _slices(W, dtype):
+            a,wide = c.numpy(),c.stride(0) != 1     # BLAS wants columns in one piece
+            G = syrk(1., a.T if wide else a, 1., G, trans=wide, lower=True, overwrite_c=True)
+    return torch.from_numpy(G)
 
 def gram(
     W: torch.Tensor,  # (m, n)
 ) -> torch.Tensor:    # W Wᵀ (m, m) if m <= n, else Wᵀ W (n, n); float64
     "Gram matrix on the smaller side, summed in float64 without a float64 copy of `W`"
-    r = min(W.shape)
-    G = torch.zeros(r, r, dtype=torch.float64, device=_double(W[:0]).device)
-    for c in _slices(W): G.addmm_(c, c.T)
-    return G
+    G = _lower_gram(W, torch.float64)
+    return G.tril_() + G.tril(-1).T
+
+# %% ../../nbs/lowrank/factorize.ipynb #7f8fa0e5
+def _top(G, k):
+    "Eigenvalues, largest first, and eigenvectors of the `k` largest, of the matrix whose lower triangle is in `G`; uses `G` up"
+    r = len(G)
+    if not _on_cpu(G) or r < 3:
+        e,Q = torch.linalg.eigh(G)
+        return e.flip(0), Q.flip(1)[:,:k]
+    sytrd,sytrd_lwork,stevd,ormqr = get_lapack_funcs(('sytrd','sytrd_lwork','stevd','ormqr'), dtype=G.numpy().dtype)
+    with _blas_threads():
+        H,d,e,tau,bad = sytrd(G.numpy(), lower=True, lwork=int(sytrd_lwork(r, lower=True)[0]), overwrite_a=True)
+        if not bad: d,Z,bad = stevd(d, e, overwrite_d=True, overwrite_e=True)
+        if bad: raise torch.linalg.LinAlgError('LAPACK found no eigenvectors')
+        Q = np.empty((r, k), H.dtype, order='F')
+        Q[:] = Z[:,:-k-1:-1]                # ascending before
+        del Z
+        # reflector i is in column i of H[1:]; read with one row more, these lie in one piece. That row must not count
+        H[0] = 0
+        H = H.ravel('K')[1:1+r*(r-1)].reshape(r, r-1, order='F')
+        Q[1:],_,bad = ormqr('L', 'N', H, tau, Q[1:], lwork=_BLOCK*k)
+    return torch.from_numpy(d[::-1].copy()), torch.from_numpy(Q)
 
 # %% ../../nbs/lowrank/factorize.ipynb #12e4fd78
 def _solve(W, solver, fns: dict[str,Callable], what):
@@ -55,7 +103,7 @@ def _solve(W, solver, fns: dict[str,Callable], what):
     raise torch.linalg.LinAlgError(f'no solver found the {what} of a {tuple(W.shape)} weight')
 
 # %% ../../nbs/lowrank/factorize.ipynb #3e40ffaa
-def _gram_values(W): return _check_values(W, torch.linalg.eigvalsh(gram(W)).clamp(min=0).sqrt().flip(0))
+def _gram_values(W): return _check_values(W, torch.linalg.eigvalsh(_lower_gram(W, torch.float64)).clamp(min=0).sqrt().flip(0))
 def _svd_values(W): return _check_values(W, torch.linalg.svdvals(_double(W)))
 
 def _check_values(W, S):
@@ -86,33 +134,36 @@ def trunc_error(
 class Basis:
     "Directions of a weight on its smaller side, most important first; `pair(k)` turns them into two factors"
     W: torch.Tensor|None  # weight (m, n)
-    L: torch.Tensor       # (r, r) float64, r = min(m, n), in columns: B = L_k if m <= n, else B = W L_k
-    R: torch.Tensor       # (r, r) float64, in columns: A = R_kᵀ W if m <= n, else A = R_kᵀ; plain SVD has L = R = singular vectors
+    L: torch.Tensor       # (r, most), r = min(m, n), in columns: B = L_k if m <= n, else B = W L_k
+    R: torch.Tensor       # (r, most), in columns: A = R_kᵀ W if m <= n, else A = R_kᵀ; plain SVD has L = R = singular vectors
     S: torch.Tensor       # singular values (r,), float64, on the CPU: error of rank k is sqrt(Σ_{i>k} S_i²)
-    solver: str           # what computed it: 'gram' or 'svd'
+    solver: str           # what computed it: 'gram32' or 'gram64', by the precision of the Gram matrix, or 'svd'
     mean: torch.Tensor|None = None          # mean input (n,), float64, for the shift of the bias; None for no shift
     errors: tuple[float,...]|None = None    # relative error of the output at ranks 0 to r, where that is not what S says
     weighted: bool = False                  # are errors in S comparable between layers?
 
     @torch.no_grad()
     def pair(self, 
-        k: int,                                 # rank, between 1 and min(m, n)
+        k: int,                                 # rank, between 1 and the number of directions
         *,
         out: tuple[torch.Tensor,torch.Tensor]|None = None, # A and B to write into, in the dtype of the weight
     ) -> tuple[torch.Tensor,torch.Tensor]:      # A (k, n) and B (m, k), in the dtype of the weight, contiguous
         "The best two factors of rank `k`, balanced, with signs fixed"
+        if not 1 <= k <= self.L.shape[1]: raise ValueError(f'rank must be between 1 and {self.L.shape[1]}, the number of directions, got {k}.')
         (m,n),dtype = self.W.shape,torch.promote_types(self.W.dtype, torch.float32)
         Q,P = (self.L, self.R)[::1 if m <= n else -1]       # of the smaller side, of the larger
         Q,P = Q[:,:k],P[:,:k]
         sign = Q.gather(0, Q.abs().argmax(0, keepdim=True))[0].sign().to(dtype)
         A,B = out if out and (out[0].dtype, out[0].device) == (dtype, Q.device) else (
             Q.new_empty(k, n, dtype=dtype), Q.new_empty(m, k, dtype=dtype))
-        long,short = (A, B) if m <= n else (B.T, A.T)       # views (k, max(m, n)) and (min(m, n), k), filled in place
-        short.copy_(Q)
+        (A.T if m > n else B).copy_(Q)
         start = 0
-        for c in _slices(self.W):
-            long[:,start:start+c.shape[1]] = P.T @ c
-            start += c.shape[1]
+        with _exact_products(Q.device):
+            for c in _slices(self.W, P.dtype):
+                a,b,o = (P.T, c, A[:,start:start+c.shape[1]]) if m <= n else (c.T, P, B[start:start+c.shape[1]])
+                if o.dtype == P.dtype: _mm(a, b, o)
+                else: o.copy_(a @ b)
+                start += c.shape[1]
         c = _balancing(A, B)*sign                           # a sign goes to both sides
         A,B = A.mul_(c[:,None]),B.div_(c)
         if out is None: return _own(A, self.W.dtype), _own(B, self.W.dtype)
@@ -142,39 +193,59 @@ def _balancing(A, B):
     return torch.where(c.isfinite() & (c > 0), c, 1.)
 
 # %% ../../nbs/lowrank/factorize.ipynb #ff4aadbe
+def _probe(W, Q, S):
+    "Departure of QᵀQ from I and of WWᵀQ from QΣ², relative to ‖W‖², and the excess as a share of ‖W‖², all on one fixed vector"
+    lam,(r,k) = S.square().to(Q.device),Q.shape
+    z = torch.cos(torch.arange(k, dtype=torch.float64, device=Q.device))
+    def to(v): return (Q @ v.to(Q.dtype)).double()
+    def back(v): return (Q.T @ v.to(Q.dtype)).double()
+    y,total = to(z),lam.sum()
+    g = sum(c @ (c.T @ y.to(Q.dtype)) for c in _slices(W, Q.dtype)).double()
+    orth,fit = (back(y) - z).norm()/z.norm(),(g - to(lam[:k]*z)).norm()/(total*z.norm())
+    if k == r: return orth.item(), fit.item(), 0.
+    for _ in range(2): g = g - to(back(g))              # twice: Q is orthonormal up to rounding only
+    c2 = 4*(g.norm()/z.norm()).square()/(r - k)         # 4c² of one pair: g holds k of them in each of r-k directions
+    gaps = (o[:,None] - lam[k:] for o in lam[:k].split(64))
+    costs = [(c2/(o + (o.square() + c2).sqrt()).clamp(min=1e-300)).sum(1)/2 for o in gaps]
+    return orth.item(), fit.item(), (10*torch.cat(costs).clamp(max=(c2*(r-k)).sqrt()/2).sum()/total).item()
+
 def residual(
     W: torch.Tensor, # weight (m, n)
-    Q: torch.Tensor, # singular vectors of the smaller side (r, r), in columns
-    S: torch.Tensor, # singular values (r,)
+    Q: torch.Tensor, # singular vectors of the smaller side (r, k), in columns
+    S: torch.Tensor, # all singular values (r,)
 ) -> float:
-    "Largest relative residual of `Q diag(S²) Qᵀ = WWᵀ` and `QᵀQ = I`, on one fixed vector"
-    S = S.to(Q.device)
-    x = torch.cos(torch.arange(len(Q), dtype=Q.dtype, device=Q.device))
-    y = Q.T @ x
-    orth = (Q @ y - x).norm() / x.norm()
-    gx = sum(c @ (c.T @ x) for c in _slices(W))
-    fit = (Q @ (S.square()*y) - gx).norm() / (S.square().sum()*x.norm())
-    return torch.stack([orth, fit]).max().item()  # NaN if either is
+    "Largest relative residual of `WWᵀ Q = Q diag(S²)` and `QᵀQ = I`, on one fixed vector"
+    return float(np.max(_probe(W, Q, S)[:2]))   # NaN if either is
 
 # %% ../../nbs/lowrank/factorize.ipynb #acbd4839
-def _gram_basis(W):
-    e,Q = torch.linalg.eigh(gram(W))
-    Q = Q.flip(1)
-    return _check_basis(Basis(W, Q, Q, e.flip(0).clamp(min=0).sqrt().cpu(), 'gram'))
+_EXCESS = 2e-6      # of the energy cut off
+
+def _by_gram(W, k, dtype):
+    "Basis of `k` directions by a Gram matrix in `dtype`, None where it is out of tolerance"
+    G = _lower_gram(W, dtype)
+    trace = G.diagonal().double().sum().cpu()
+    e,Q = _top(G, k)
+    lam = e.cpu().double().clamp(min=0)
+    S,tol = lam.sqrt(),_TOL if dtype == torch.float64 else 1e-4
+    orth,fit,excess = _probe(W, Q, S)
+    if not (np.max([orth, fit]) <= tol and (lam.sum() - trace).abs() <= tol*trace): return
+    enough = orth**2 + excess <= _EXCESS*(lam[k:].sum()/lam.sum()).item() + torch.finfo(W.dtype).eps**2
+    return Basis(W, Q, Q, S, f'gram{8*dtype.itemsize}') if enough or (k == len(lam) and dtype == torch.float64) else None
+
+def _gram_basis(W, k):
+    b = _by_gram(W, k, torch.float32) if k is not None and W.dtype != torch.float64 else None
+    return b or _by_gram(W, k or min(W.shape), torch.float64)
 
 def _svd_basis(W):
     U,S,Vh = torch.linalg.svd(_double(W), full_matrices=False)
     Q = U if W.shape[0] <= W.shape[1] else Vh.mH
-    return _check_basis(Basis(W, Q, Q, S.cpu(), 'svd'))
-
-def _check_basis(b):
-    "`b`, None where it is out of tolerance"
-    return b if residual(b.W, b.L, b.S) <= _TOL else None
+    return Basis(W, Q, Q, S.cpu(), 'svd') if residual(W, Q, S) <= _TOL else None
 
 @torch.no_grad()
 def factorize(
     W: torch.Tensor,                # weight (m, n), floating point, finite
     *,
+    rank: int|None = None,          # directions wanted, fewer are faster; None for all
     stats: LayerStats|None = None,  # what the layer saw; None for plain SVD
     centred: bool = True,           # can a bias take up the mean error? Without one, the mean counts as part of the error
     solver: Solver = 'auto',        # see `pick_solver`
@@ -182,13 +253,16 @@ def factorize(
     "The best directions of `W`; where a solver fails or its result does not pass the check, the other takes over with a warning"
     W = W.detach()
     if W.ndim != 2: raise ValueError(f'W must be a matrix (m, n), got shape {tuple(W.shape)}.')
-    if not all(w.isfinite() for w in W.aminmax()): raise ValueError('W has NaN or Inf.')
-    if not any(w.any() for w in W.aminmax()):   # W.any() would make a mask
-        r = min(W.shape)
+    r = min(W.shape)
+    if rank is not None and not 1 <= rank <= r: raise ValueError(f'rank must be between 1 and {r} for a weight {tuple(W.shape)}, got {rank}.')
+    lo,hi = W.aminmax()     # W.any() would make a mask
+    if not (lo.isfinite() and hi.isfinite()): raise ValueError('W has NaN or Inf.')
+    if not (lo.any() or hi.any()):
         Q = torch.eye(r, out=_double(W.new_empty(r, r)))
         return Basis(W, Q, Q, torch.zeros(r, dtype=torch.float64), 'zero')
     if stats is not None: return _calibrated(W, stats, centred, solver)
-    return _solve(W, solver, dict(gram=_gram_basis, svd=_svd_basis), 'singular vectors')
+    with _exact_products(W.device):
+        return _solve(W, solver, dict(gram=lambda W: _gram_basis(W, rank), svd=_svd_basis), 'singular vectors')
 
 # %% ../../nbs/lowrank/factorize.ipynb #3130e182
 RIDGE   = 1e-6   # of the mean variance, added to C: directions no input took fall back to plain SVD

@@ -372,8 +372,8 @@ def _mk(s, row, basis=None):
     W = s.weight
     if W.device.type == 'meta': return _empty(s, row)
     if W.is_inference(): W = W.clone()
-    pair = _empty(s, row)   # what stays is allocated before the work space, so that freeing that leaves no holes
-    try: basis = factorize(W) if basis is None else replace(basis, W=W)
+    pair = _empty(s, row, W.new_empty)   # what stays is allocated before the work space, so that freeing that leaves no holes
+    try: basis = factorize(W, rank=row.rank) if basis is None else replace(basis, W=W)
     except torch.linalg.LinAlgError as e:
         _warn_user(f'{s.name or "the model"!r} stays dense: {e}.')
         return
@@ -381,9 +381,9 @@ def _mk(s, row, basis=None):
     if pair[1].bias is not None: pair[1].bias.data.copy_(shifted_bias(pair[1].bias.data, basis, A, B))
     return pair
 
-def _empty(s, row):
+def _empty(s, row, new=None):
     w = s.module.weight
-    A,B = w.new_zeros(row.rank, row.in_features),w.new_zeros(row.out_features, row.rank)
+    A,B = ((new or w.new_zeros)(o) for o in ((row.rank, row.in_features), (row.out_features, row.rank)))
     return mk_pair(A, B, _bias(s.module), readable=row.readable, requires_grad=w.requires_grad).train(s.module.training)
 
 # %% ../../nbs/lowrank/plan.ipynb #cd578018

@@ -1,0 +1,143 @@
+"The fast route to the factors is as good as `torch.linalg.svd`, and says so when it is not"
+import contextlib, warnings
+import numpy as np, pytest, torch
+from torch import nn
+from fasterai.misc.all import *
+from fasterai.lowrank import factorize as room
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*(layers grew|singular v):UserWarning')
+LAPACK = torch.linalg.svd
+
+def spectra(r):
+    i = torch.arange(r, dtype=torch.float64)
+    return dict(random=None, decaying=.97**i, steep=.9**i, power=1/(1 + i), low_rank=(i < r//5).double(), noise=torch.where(i < r//5, 1., 1e-3),
+                ill=torch.logspace(0, -8, r, dtype=torch.float64), outlier=torch.where(i == 0, 1., 2e-3), flat=1 - 1e-6*i/r,
+                step=torch.where(i < r//2, 1., .1))
+
+KINDS,SHAPES = list(spectra(10)),[(300, 450), (450, 300), (320, 320)]
+
+def matrix(kind, m, n, dtype):
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if (s := spectra(min(m, n))[kind]) is None: return W.to(dtype)
+    U,_,Vh = LAPACK(W, full_matrices=False)
+    return (U*s @ Vh).to(dtype)
+
+def reference(W, ks):
+    "Errors of the truncated SVD that torch gives in the weight's own precision (float64 where that does not converge), measured in float64"
+    with contextlib.suppress(torch.linalg.LinAlgError, NotImplementedError):
+        U,S,Vh = (o.double() for o in LAPACK(W, full_matrices=False))
+        return [torch.norm(W.double() - U[:,:k]*S[:k] @ Vh[:k]).item() for k in ks]
+    return reference(W.double(), ks)
+
+def check(W, ks, **kw):
+    norm = W.double().norm().item()
+    for k,want in zip(ks, reference(W, ks)):
+        A,B = factorize(W, rank=k, **kw).pair(k)
+        err = torch.norm(W.double() - B.double() @ A.double()).item()
+        # two factors in the precision of the weight cannot be closer than its rounding
+        assert err <= want*(1 + 1e-5) + torch.finfo(W.dtype).eps*norm, (k, err/norm, want/norm)
+
+def ranks(r): return [1, 2, r//20, r//4, r//2, r-50, r-1, r]
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('m,n', SHAPES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('solver', ['auto', 'gram'])
+def test_error_is_that_of_torch(kind, m, n, dtype, solver): check(matrix(kind, m, n, dtype), ranks(min(m, n)), solver=solver)
+
+@pytest.mark.parametrize('kind', ['random', 'steep', 'ill'])
+@pytest.mark.parametrize('m,n', SHAPES)
+def test_error_where_there_is_no_lapack(kind, m, n, monkeypatch):
+    monkeypatch.setattr(room, '_on_cpu', lambda t: False)     # what other devices do
+    check(matrix(kind, m, n, torch.float32), ranks(min(m, n)), solver='gram')
+    W = matrix(kind, m, n, torch.float64)
+    G = W @ W.T if m <= n else W.T @ W
+    torch.testing.assert_close(gram(W), G, rtol=1e-12, atol=1e-12)
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('m,n', SHAPES)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_singular_values_of_a_plan(kind, m, n, dtype):
+    W = matrix(kind, m, n, dtype)
+    lin = nn.Linear(n, m, dtype=dtype)
+    lin.weight.data = W
+    got = torch.tensor(FC_Decomposer().plan(lin).layers[0].spectrum)
+    assert (got - torch.linalg.svdvals(W.double())).abs().max() <= 1e-6*got[0]
+
+def test_single_precision_only_where_it_is_enough():
+    i = torch.arange(320, dtype=torch.float64)
+    def solver(kind, k, dtype=torch.float32): return factorize(matrix(kind, 320, 320, dtype), rank=k).solver
+    assert solver('random', 160) == solver('step', 160) == solver('low_rank', 32) == solver('decaying', 40) == 'gram32'
+    assert solver('steep', 160) == solver('noise', 160) == solver('ill', 160) == solver('random', 320) == 'gram64'
+    assert solver('random', 160, torch.float64) == 'svd'
+    # the excess that decides is no guess: in single precision alone these are off by far more than 1e-5
+    W = matrix('ill', 320, 320, torch.float32)
+    e,Q = room._top(room._lower_gram(W, torch.float32), 160)
+    lost = torch.norm(W.double() - Q.double() @ (Q.double().T @ W.double())) / torch.linalg.svdvals(W.double())[160:].norm()
+    assert lost > 1 + 1e-3 and room._by_gram(W, 160, torch.float32) is None
+
+@pytest.mark.parametrize('kind', ['random', 'step', 'power', 'decaying', 'outlier', 'noise'])
+@pytest.mark.parametrize('k', [3, 40, 160, 280])
+def test_excess_bounds_what_is_lost(kind, k):
+    W = matrix(kind, 320, 400, torch.float32)
+    e,Q = room._top(room._lower_gram(W, torch.float32), k)
+    S = e.double().clamp(min=0).sqrt()
+    excess = room._probe(W, Q, S)[2]*S.square().sum()
+    U = torch.linalg.qr(Q.double()).Q
+    W,best = W.double(),torch.linalg.svdvals(W.double())[k:].square().sum()
+    assert torch.norm(W - U @ (U.T @ W)).square() - best <= excess + 1e-13*W.norm().square()
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('r', [3, 4, 33, 200])
+def test_eigenvectors_against_torch(r, dtype):
+    X = torch.randn(r, 2*r, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    G = X @ X.T
+    e,V = torch.linalg.eigh(G.double())
+    for k in {1, r//2, r}:
+        got,Q = room._top(torch.tril(G), k)     # only the lower triangle is read
+        assert Q.shape == (r, k) and Q.dtype == dtype
+        tol = 20*r*torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), e.flip(0), rtol=0, atol=tol*e[-1].item())
+        P,want = Q.double() @ Q.double().T,V[:,-k:] @ V[:,-k:].T
+        gap = (e[-k] - e[-k-1] if k < r else e[-1])/e[-1]
+        assert torch.norm(P - want) <= tol/gap
+
+@pytest.mark.parametrize('m,n', SHAPES)
+def test_fewer_directions_are_the_first_of_all(m, n):
+    W = matrix('decaying', m, n, torch.float32)
+    all_,few = factorize(W),factorize(W, rank=20)
+    assert few.L.shape == (300 if 300 in (m, n) else 320, 20) and len(few.S) == min(m, n)
+    for a,b in zip(all_.pair(20), few.pair(20)): torch.testing.assert_close(a, b, rtol=0, atol=2e-5*a.abs().max().item())
+    with pytest.raises(ValueError, match='rank must be between 1 and 20, the number of directions, got 21'): few.pair(21)
+
+@pytest.mark.parametrize('rank', [0, -1, 321])
+def test_ranks_out_of_range(rank):
+    with pytest.raises(ValueError, match=rf'rank must be between 1 and 320 for a weight \(320, 450\), got {rank}'):
+        factorize(torch.randn(320, 450), rank=rank)
+
+@pytest.mark.parametrize('precision', ['medium', 'high'])
+def test_lower_precision_and_autocast_do_not_reach_the_factors(precision):
+    W = matrix('decaying', 320, 450, torch.float32)
+    want,before = factorize(W, rank=40).pair(40),torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with torch.autocast('cpu', torch.bfloat16): got = factorize(W, rank=40).pair(40)
+        assert torch.get_float32_matmul_precision() == precision
+    finally: torch.set_float32_matmul_precision(before)
+    assert all(map(torch.equal, want, got))
+
+@pytest.mark.parametrize('order', ['rows', 'columns', 'slice'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('m,n', SHAPES)
+def test_weights_of_any_layout(order, dtype, m, n):
+    W = matrix('decaying', m, n, dtype)
+    laid = dict(rows=lambda: W, columns=lambda: W.T.contiguous().T, slice=lambda: torch.cat([W, W], 1)[:,:n])[order]()
+    assert torch.equal(laid, W)
+    torch.testing.assert_close(gram(laid), (W.double() @ W.double().T) if m <= n else (W.double().T @ W.double()), rtol=1e-12, atol=1e-12)
+    check(laid, [5, 100], solver='gram')
+
+def test_threads_of_scipy_are_those_of_torch(monkeypatch):
+    seen,limits = [],room.threadpool_limits
+    monkeypatch.setattr(room, 'threadpool_limits', lambda *args: seen.append(args) or limits(*args))
+    factorize(matrix('random', 320, 450, torch.float32), rank=5)
+    assert seen and set(seen) == {(torch.get_num_threads(), 'blas')}
