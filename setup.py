@@ -18,5 +18,5 @@ setup(
     install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['fasterai=fasterai._modidx:d']},
     classifiers=['Intended Audience :: Developers', 'Natural Language :: English', 'Operating System :: OS Independent']
-        + [f'Programming Language :: Python :: 3.{v}' for v in (10, 11, 12, 13)],
+        + [f'Programming Language :: Python :: 3.{v}' for v in (11, 12, 13)],
     zip_safe=False)

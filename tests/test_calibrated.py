@@ -313,16 +313,24 @@ def test_shrinkage_is_that_of_scikit_learn(N):
     x = rows(N, 12)
     want = oas(x.numpy())[1]
     assert calibrate(linear(20, 12), x)[''].shrink == pytest.approx(want, rel=1e-9)
-    assert calibrate(linear(12, 12), x)[''].shrink == pytest.approx(want, rel=1)   # without a covariance of inputs: estimated from 64 rows
+    assert calibrate(linear(7, 12), x)[''].shrink == pytest.approx(want, rel=1e-9)     # no covariance of inputs, and few features: exact
 
-@pytest.mark.parametrize('m', [12, 20])
+@pytest.mark.parametrize('m', [5, 12, 20])
 @pytest.mark.parametrize('size', [1, 2, 5, 64, 400])
 def test_shrinkage_does_not_depend_on_the_batches(m, size):
-    # a wide or square layer has only an estimate; a factor of two is allowed to it
     x = rows(400, 12, seed=1)
     for part in (x[:20], x):
         got,want = calibrate(linear(m, 12), list(part.split(size)))[''].shrink,oas(part.numpy())[1]
-        assert got == pytest.approx(want, rel=1e-9 if m > 12 else 1) and got > want/2
+        assert got == pytest.approx(want, rel=1e-9)
+
+@pytest.mark.parametrize('N', [40, 300, 3000])
+@pytest.mark.parametrize('flat', [0., 1.])
+def test_shrinkage_of_many_inputs_is_estimated(N, flat):
+    # a wide layer keeps no covariance of its 200 inputs; 32 random vectors tell the trace of its square
+    x = rows(N, 200, seed=2)*(torch.linspace(1, 0, 200)**2 + flat)
+    want = oas(x.numpy())[1]
+    got = [calibrate(linear(8, 200), list(x.split(size)))[''].shrink for size in (N, 17)]
+    assert got[0] == pytest.approx(want, rel=.25) and got[1] == pytest.approx(got[0], rel=1e-9)
 
 @pytest.mark.parametrize('N,n,tr,tr2', [(10, 4, 8., 20.), (10, 4, 8., 16.), (1, 3, 3., 9.)])
 def test_shrinkage_formula(N, n, tr, tr2):
@@ -359,7 +367,7 @@ def test_routing_that_depends_on_the_data():
         x = flat([x for x in data if n != 'k' or x[...,0].mean() <= 1])
         check_stats(got[n], x, Heads().get_submodule(n)(x))
         want = oas(x.numpy())[1]
-        assert got[n].shrink == pytest.approx(want, rel=1e-9 if n == 'k' else 1) and got[n].shrink > want/2
+        assert got[n].shrink == pytest.approx(want, rel=1e-9)
 
 class InPlace(nn.Module):
     "Changes the shared input between its layers and after them"

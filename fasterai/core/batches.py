@@ -35,6 +35,8 @@ class Batches:
     def __init__(self, 
         data,                       # see the table
         n_batches: int|None = None, # at most this many; None for all
+        *,
+        place: tuple[int,int] = (0, 1), # rank and number of processes that share the batches of fastai `DataLoaders`; other data are taken as the share of a rank
     ):
         if n_batches is not None and (isinstance(n_batches, bool) or not isinstance(n_batches, int) or n_batches < 1):
             raise ValueError(f'n_batches must be an int of at least 1, or None for all, got {n_batches!r}.')
@@ -42,6 +44,7 @@ class Batches:
         self.n_batches = n_batches
         self.single = isinstance(self.dls, (torch.Tensor, np.ndarray, Mapping, tuple))
         self.loaders = isinstance(self.dls, DataLoaders)
+        self.first,self.step = place if self.loaders and getattr(self.dls.train, 'world_size', 1) == 1 else (0, 1)   # a DistributedDL is a share already
         self.fn = self.dls if not self.single and not isinstance(self.dls, Iterable) and callable(self.dls) else None
         if isinstance(data, (nn.Module, str, bytes)) or not (self.single or self.loaders or self.fn or isinstance(self.dls, Iterable)):
             raise TypeError('data must be a tensor, a dict or tuple (one batch), an iterable of batches, a DataLoader, DataLoaders, a Learner, '
@@ -49,14 +52,15 @@ class Batches:
 
     def __iter__(self) -> Iterator:
         if self.single or self.fn: return iter([self.dls])
-        return islice(_train_batches(self.dls) if self.loaders else iter(self.dls), self.n_batches)
+        return islice(_train_batches(self.dls) if self.loaders else iter(self.dls), self.first, self.n_batches, self.step)
 
     def __len__(self) -> int:
         "Number of batches; raises TypeError where it is not known before the end"
         if self.single or self.fn: return 1
         n = len(self.dls.train if self.loaders else self.dls)
         if self.loaders and getattr(self.dls.train, 'drop_last', False) and self.dls.train.n % self.dls.train.bs: n += 1
-        return n if self.n_batches is None else min(n, self.n_batches)
+        if self.n_batches is not None: n = min(n, self.n_batches)
+        return len(range(self.first, n, self.step))
 
     @property
     def n_inp(self) -> int|None:
@@ -141,9 +145,10 @@ def run_batches(
     n_batches: int|None = None, # at most this many; None for all
     grad: bool = False,         # with autograd on?
     progress: str|None = None,  # comment of a progress bar; None for no bar
+    place: tuple[int,int] = (0, 1), # see `Batches`; a rank among several may have no batch
 ) -> Iterator[tuple]:           # output of the model and targets, batch by batch
     "Outputs of `model` on every batch of `data`"
-    b,n = Batches(data, n_batches),0
+    b,n = Batches(data, n_batches, place=place),0
     with left_as_found(model):
         _seed()
         for batch in (b if progress is None else _Bar(b, progress)):
@@ -157,7 +162,7 @@ def run_batches(
                 if hasattr(e, 'add_note'): e.add_note(f'The model failed on batch {n-1} of data' + ('' if b.fn else f': {_kinds(args, kw)}') + '.')
                 raise
             yield out, targets
-    if n == 0: raise ValueError('data has no batches.')
+    if n == 0 and place[1] == 1: raise ValueError('data has no batches.')
 
 def _kinds(args, kw):
     "What was passed to a model, for an error: shapes and dtypes"

@@ -21,6 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from ..core.modules import _atomic, _double, find_linears, select
 from ..core.batches import run_batches
+from ..core.distributed import agreed, gathered, summed, world
 
 # %% ../../nbs/lowrank/calibrate.ipynb #5e4af6c1
 @contextmanager
@@ -32,7 +33,7 @@ def _exact_products(device):
         with torch.autocast(device.type, enabled=False): yield
     finally: torch.set_float32_matmul_precision(before)
 
-_SAMPLE = 256   # rows kept at most, for the shrinkage
+_SKETCH = 32    # random directions in which a covariance too large to keep is looked at
 
 def _square(x):
     "Sum of squares, in float64"
@@ -40,28 +41,25 @@ def _square(x):
 
 # %% ../../nbs/lowrank/calibrate.ipynb #bb457d97
 class _Moments:
-    "Running sums of rows (N, d): mean, trace of the covariance and, with `gram`, the covariance itself"
-    def __init__(self, gram: bool, centred: bool = True):
-        self.want,self.centred,self.n,self.shift,self.sum,self.sq = gram,centred,0,None,0.,0.
-        self.G,self.buf,self.held,self.rows,self.every = None,[],0,[],1
+    "Running sums of rows (N, d): mean, trace of the covariance; with `gram` the covariance itself, with `sketch` its product with a few vectors"
+    def __init__(self, gram: bool, centred: bool = True, sketch: bool = False):
+        self.want,self.centred,self.sketch,self.n,self.shift,self.sum,self.sq = gram,centred,sketch and not gram,0,None,0.,0.
+        self.G,self.Y,self.Z,self.buf,self.held = None,None,None,[],0
 
     def add(self, x: torch.Tensor): # (N, d), finite
         if len(x) == 0: return
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.shift is None: self.shift = x.mean(0) if self.centred else x.new_zeros(x.shape[1])
         d = x - self.shift if self.centred else x
-        if self.centred: self._sample(d)
         self.n += len(d)
         self.sum = self.sum + _double(d.sum(0))
+        if self.sketch:
+            if self.Z is None: self.Z = _signs(d)
+            self.Y = _double(d.T @ (d @ self.Z)) + (0. if self.Y is None else self.Y)
         if not self.want: self.sq = self.sq + _square(d); return
         self.buf.append(d)
         self.held += len(d)
         if self.held >= max(1024, d.shape[1]//2): self.flush()
-
-    def _sample(self, d):
-        "Keep every so-manieth row of all: every other one goes when there are too many"
-        self.rows.append(d[-self.n % self.every::self.every].clone())
-        while sum(map(len, self.rows)) > _SAMPLE: self.rows,self.every = [torch.cat(self.rows)[::2].clone()],2*self.every
 
     def flush(self):
         if not self.buf: return
@@ -71,16 +69,26 @@ class _Moments:
         self.sq = self.sq + P.trace()
         self.G = P if self.G is None else self.G.add_(P)
 
+def _signs(like):
+    "Fixed vectors (d, s) of random signs, or all unit vectors where these are no more, for rows like `like` (…, d)"
+    d = like.shape[-1]
+    if d <= _SKETCH: return torch.eye(d, dtype=like.dtype, device=like.device)
+    Z = torch.randint(2, (d, _SKETCH), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    return (2*Z - 1).to(like)
+
 # %% ../../nbs/lowrank/calibrate.ipynb #e5252881
 @patch
 def about(self:_Moments, shift):
     "The same sums about the point `shift`"
     self.flush()
-    res,e = _Moments(self.want, self.centred),_double(self.shift) - _double(shift)
-    res.n,res.shift,res.rows = self.n,shift,[r + e.to(r) for r in self.rows]
+    res,e = _Moments(self.want, self.centred, self.sketch),_double(self.shift) - _double(shift)
+    res.n,res.shift = self.n,shift
     res.sum,res.sq = self.sum + self.n*e,self.sq + 2*(e @ self.sum) + self.n*(e @ e)
     if self.G is not None:
         res.G = self.G + torch.outer(self.sum, e) + torch.outer(e, self.sum) + self.n*torch.outer(e, e)
+    if self.Y is not None:
+        Z = _signs(e)
+        res.Y = self.Y + torch.outer(self.sum, e @ Z) + torch.outer(e, self.sum @ Z) + self.n*torch.outer(e, e @ Z)
     return res
 
 def _merge(parts):
@@ -88,9 +96,11 @@ def _merge(parts):
     parts = [p for p in parts if p.n]
     if len(parts) < 2: return parts[0] if parts else None
     res,*rest = [p.about(parts[0].shift) for p in parts]
+    for p in (res, *rest):
+        if p.Y is None and p.G is not None: p.Y = p.G @ _signs(p.sum)     # some parts may have no more
     for p in rest:
-        for k in ('n','sum','sq','rows'): setattr(res, k, getattr(res, k) + getattr(p, k))
-        res.G = None if res.G is None or p.G is None else res.G + p.G
+        for k in ('n','sum','sq'): setattr(res, k, getattr(res, k) + getattr(p, k))
+        for k in ('G','Y'): setattr(res, k, None if getattr(res, k) is None or getattr(p, k) is None else getattr(res, k) + getattr(p, k))
     return res
 
 @patch
@@ -124,10 +134,8 @@ def shrinkage(self:_Moments):
     self.flush()
     if self.G is not None: tr2 = self.cov().square().sum()
     else:
-        d = _double(torch.cat(self.rows)) - self.sum/self.n
-        K = (d @ d.T).square()
-        on,b = K.diagonal().sum(),len(d)
-        tr2 = (on/b + (self.n-1)*(K.sum() - on)/(b*(b-1)))/self.n
+        mu,Z = self.sum/self.n,_signs(self.sum)
+        tr2 = (self.Y/self.n - torch.outer(mu, mu @ Z)).square().sum()/Z[0].square().sum()     # E ‖Cz‖² = tr C²
     return oas_shrinkage(self.n, n, tr, max(float(tr2), tr*tr/n))
 
 # %% ../../nbs/lowrank/calibrate.ipynb #108a612e
@@ -176,7 +184,7 @@ class _Collector:
         self.inputs,self.outputs = {},{s.name: _Moments(True) for s in sites if not _on_inputs(s)}
         self.sens,self.dropped = {},dict.fromkeys(self.sites, 0)
         self.last,self.group,self.mask,self.edges = None,(),None,[]
-        self.z,self.items,self.batch,self.probed,self.replay = {},0,0,set(),False
+        self.z,self.items,self.calls,self.batch,self.probed,self.replay = {},0,0,0,set(),False
 
     def _keep(self, t, name):
         "Rows of `t` to count, None for all"
@@ -212,7 +220,7 @@ def commit(self:_Collector):
     "Count the last input, once for all layers that took it"
     if self.last is None: return
     rows,key,self.last = self.last[3],frozenset(self.group),None
-    if key not in self.inputs: self.inputs[key] = _Moments(any(n not in self.outputs for n in key))
+    if key not in self.inputs: self.inputs[key] = _Moments(any(n not in self.outputs for n in key), sketch=True)
     with _exact_products(rows.device): self.inputs[key].add(rows)
 
 def _rows(t, keep):
@@ -233,26 +241,41 @@ def probe(self:_Collector, s, y):
     return y
 
 @patch
-def backward(self:_Collector, zs, vs=None):
-    "Add the gradients of the sum of all `z*v` at every layer to its H"
+def backward(self:_Collector, zs, vs=None, scaled=True):
+    "Add the gradients of the sum of all `z*v` at every layer to its H; are they in the unit of H?"
     self.replay = True      # checkpointed parts run again now, which is not to be counted
     try: gs = torch.autograd.grad(zs, [e for _,e,_,_ in self.edges], vs, allow_unused=True) if self.edges else ()
     finally: self.replay = False
     for (s,_,shape,keep),g in zip(self.edges, gs):
-        if g is not None: self._add_grad(s, _rows(g.reshape(shape), keep))
+        if g is not None: self._add_grad(s, _rows(g.reshape(shape), keep), scaled)
     self.edges = []
 
 @patch
 @torch.no_grad()
-def _add_grad(self:_Collector, s, g):
+def _add_grad(self:_Collector, s, g, scaled):
     g = g.to(torch.promote_types(g.dtype, torch.float32))
-    acc = self.sens.setdefault(s.name, dict(diag=0., total=0., full=_Moments(True, centred=False)))
-    acc['total'] = acc['total'] + _square(g)
-    if self.sensitivity != 'full' or min(s.in_features, s.out_features) > MAX_DENSE_SENS:
-        acc['diag'] = acc['diag'] + _double(g.square().sum(0))
-        return
+    full = self.sensitivity == 'full' and min(s.in_features, s.out_features) <= MAX_DENSE_SENS
+    key = s.name,scaled
+    if key not in self.sens: self.sens[key] = _Gradients(full)
     with _exact_products(g.device):
-        acc['full'].add(g if s.out_features <= s.in_features else g @ s.weight.to(g.dtype))
+        self.sens[key].add(g, g @ s.weight.to(g.dtype) if full and s.out_features > s.in_features else g)
+
+class _Gradients:
+    "Running sums of gradients: squares, and products of all pairs or only the diagonal"
+    def __init__(self, full): self.total,self.diag,self.G = 0.,0.,_Moments(True, centred=False) if full else None
+    def add(self, g, small):     # rows (N, m), and on the smaller side
+        self.total = self.total + _square(g)
+        if self.G is not None: self.G.add(small)
+        else: self.diag = self.diag + _double(g.square().sum(0))
+    def H(self):
+        if self.G is None: return self.diag
+        self.G.flush()
+        return self.G.G
+    def pool(self, G, d, device):   # sums of all ranks, the products already
+        zeros = torch.zeros(d, dtype=torch.float64, device=device)
+        self.total,self.G = summed(zeros.new_zeros(()) + self.total),G
+        if G is None: self.diag = summed(zeros + self.diag)
+        return self
 
 # %% ../../nbs/lowrank/calibrate.ipynb #b0dbdf23
 def _outputs(z) -> list[torch.Tensor]:
@@ -271,18 +294,26 @@ def end(self:_Collector, z):
     if not self.sensitivity or self.probes is None: return
     live = [(i, o) for i,o in enumerate(zs) if o.requires_grad]
     if not live: raise NotDifferentiable('autograd cannot follow its output back to a fully-connected layer')
-    vs = [self._cotangent(i, o) for i,o in live]
-    try: self.backward([o for _,o in live], vs)
+    rank,size = world()
+    rng,self.calls = torch.Generator().manual_seed(self.probes + self.calls*size + rank),self.calls + 1  # the same for a batch, whoever has it
+    vs = [self._cotangent(i, o, rng, len(live) > 1) for i,o in live]
+    try: self.backward([o for _,o in live], vs, len(live) > 1)
     except RuntimeError as e: raise NotDifferentiable(str(e).splitlines()[0]) from e
 
+def _variation(z):
+    "What an error of the outputs of moments `z` is relative to: Σ‖z - mean‖²/N, or Σ‖z‖²/N where they do not vary"
+    return z.trace() or float(_double(z.shift).square().sum()) or 1.
+
 @patch
-def _cotangent(self:_Collector, i, z):
-    "Random v for output `z`, such that E (vᵀδ)² is ‖δ‖² relative to ‖z - mean‖²; nothing where `z` is padding"
+def _cotangent(self:_Collector, i, z, rng, many):
+    """Random v for output `z`, such that E (vᵀδ)² is ‖δ‖²; of `many` outputs each is scaled by its variation in this batch, while that of
+    a single one is divided by in the end, over all batches. Nothing where `z` is padding"""
     keep = self._keep(z, None) if self.mask is not None and self.mask.shape == z.shape[:-1] else None
-    acc = self.z.setdefault(i, _Moments(False))
-    with torch.no_grad(): acc.add(_rows(z, keep))
-    scale = (acc.trace() or float(acc.sq/max(acc.n, 1)) or 1.)**-.5
-    v = torch.randn(z.shape, generator=self.probes).to(z)*scale
+    here = _Moments(False)
+    with torch.no_grad():
+        for o in (self.z.setdefault(i, _Moments(False)), here): o.add(_rows(z, keep))
+    v = torch.randn(z.shape, generator=rng).to(z)
+    if many and here.n: v = v*_variation(here)**-.5
     return v if keep is None else v*keep.view(*z.shape[:-1], 1)
 
 class NotDifferentiable(RuntimeError):
@@ -368,32 +399,65 @@ def calibrate(
     return _collect(model, data, sites, n_batches, sensitivity, loss, seed)
 
 def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, seed=0):
-    if any(p.is_meta for p in model.parameters()): raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
-    col,n = _Collector(sites, sensitivity, None if loss else torch.Generator().manual_seed(seed)),0
-    with torch.inference_mode(False), _hooked(model, col), closing(run_batches(model, data, n_batches=n_batches, grad=bool(sensitivity), progress='calibrate')) as runs:
-        for z,targets in runs:
-            n += 1
-            if loss is None: continue
-            with torch.enable_grad(): value = loss(z, *targets)*col.batch     # a mean over the batch, as losses are: back to the sum
-            if not value.requires_grad: raise NotDifferentiable('autograd cannot follow the loss back to a fully-connected layer')
-            col.backward([value])
+    col,n,place = _Collector(sites, sensitivity, None if loss else seed),0,world()
+    with agreed():
+        if any(p.is_meta for p in model.parameters()): raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
+        runs = run_batches(model, data, n_batches=n_batches, grad=bool(sensitivity), progress=None if place[0] else 'calibrate', place=place)
+        with torch.inference_mode(False), _hooked(model, col), closing(runs):
+            for z,targets in runs:
+                n += 1
+                if loss is None: continue
+                with torch.enable_grad(): value = loss(z, *targets)*col.batch     # a mean over the batch, as losses are: back to the sum
+                if not value.requires_grad: raise NotDifferentiable('autograd cannot follow the loss back to a fully-connected layer')
+                col.backward([value])
+        col.commit()
+    if not (n := sum(gathered(n))): raise ValueError('data has no batches.')
+    col.pool()
     return _finish(col, n)
+
+# %% ../../nbs/lowrank/calibrate.ipynb #9687beb5
+def _pooled(parts: dict, device) -> dict:
+    "Moments of the rows of all ranks, for every key that one of them has"
+    heads = gathered({k: (m.n, (m.want, m.centred, m.sketch), None if m.shift is None else m.shift.cpu()) for k,m in parts.items()})
+    return {k: _pool(parts.get(k), [h[k] for h in heads if k in h], device) for k in dict.fromkeys(k for h in heads for k in h)}
+
+def _pool(mine, heads, device):
+    "Sum over ranks of moments `mine`, or none here, about the shift of the first rank that has rows"
+    res = _Moments(*heads[0][1])
+    res.n,shift = sum(n for n,*_ in heads),next((s for n,_,s in heads if n), None)
+    if shift is None: return res
+    res.shift,d = shift.to(device),len(shift)
+    mine = mine.about(res.shift) if mine is not None and mine.n else None
+    shapes = dict(sum=(d,), sq=(), **(dict(G=(d, d)) if res.want else {}), **(dict(Y=(d, min(d, _SKETCH))) if res.sketch else {}))
+    for k,shape in shapes.items(): setattr(res, k, summed(getattr(mine, k) if mine else torch.zeros(shape, dtype=torch.float64, device=device)))
+    return res
+
+@patch
+def pool(self:_Collector):
+    "The sums of all ranks in place of those of this one"
+    if world()[1] == 1: return
+    device = next((_double(s.weight[:0]).device for s in self.sites.values()), torch.device('cpu'))
+    self.inputs,self.outputs,self.z = (_pooled(o, device) for o in (self.inputs, self.outputs, self.z))
+    heads = gathered((self.dropped, self.probed, self.items, {k: (g.G is not None, len(g.diag) if torch.is_tensor(g.diag) else 0) for k,g in self.sens.items()}))
+    self.dropped = {n: sum(h[0][n] for h in heads) for n in self.dropped}
+    self.probed,self.items = set().union(*(h[1] for h in heads)),sum(h[2] for h in heads)
+    G = _pooled({k: g.G for k,g in self.sens.items() if g.G is not None}, device)
+    self.sens = {k: self.sens.get(k, _Gradients(full)).pool(G.get(k), d, device) for h in heads for k,(full,d) in h[3].items()}
 
 # %% ../../nbs/lowrank/calibrate.ipynb #040a27c9
 def _sens(col, s):
     "H of layer `s` on its smaller side, and the mean of its diagonal"
-    acc = col.sens.get(s.name)
     if s.name not in col.probed: return None, 0.
-    if acc is None or not acc['total']: return torch.zeros(s.out_features, dtype=torch.float64), 0.     # no effect on the output
+    unit = _variation(col.z[min(col.z)]) if col.z else 1.
+    parts = [(acc, 1. if scaled else 1/unit) for (name,scaled),acc in col.sens.items() if name == s.name]
+    total = sum(float(o.total)*f for o,f in parts)
+    if not total: return torch.zeros(s.out_features, dtype=torch.float64), 0.     # no effect on the output
     n = col.items if col.probes is None else max(a.n for a in col.z.values())
-    full = acc['full']
-    full.flush()
-    return (acc['diag'] if full.G is None else full.G)/n, float(acc['total']/n/s.out_features)
+    return sum(o.H()*f for o,f in parts)/n, total/n/s.out_features
 
 def _finish(col, batches):
     "Statistics from sums"
     res,missing = {},{}
-    col.commit()
     for name,s in col.sites.items():
         x = _merge([a for key,a in col.inputs.items() if name in key])
         out = col.outputs.get(name, x)

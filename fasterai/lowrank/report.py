@@ -15,6 +15,7 @@ from itertools import chain
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.modules import _double, count_params, is_pair
@@ -38,6 +39,7 @@ def _countable(model):
         warnings.simplefilter('ignore', UserWarning)     # switching oneDNN warns about other hardware
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             for o in (torch.backends.mkldnn, torch.backends.cudnn): stack.enter_context(o.flags(enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         for p in model.parameters():    # the counter looks for the graph behind a layer's inputs, which a view made without grad has not
