@@ -458,6 +458,13 @@ def copy_with(
         for o,n in (new or {}).items(): _carry_hooks(o, n, memo)
         return copy.deepcopy(model, memo)
 
+def _become(old, new):
+    "Make module `old` what `new` is, for all who hold it; its hooks stay"
+    state = new.__dict__ | {h: o for h in (*_HOOKS, *_HOOK_FLAGS, '_is_full_backward_hook') if (o := old.__dict__.get(h)) is not None}
+    old.__class__ = type(new)
+    old.__dict__.clear()
+    old.__dict__.update(state)
+
 # %% ../../nbs/core/modules.ipynb #291482bd
 def count_params(model: nn.Module) -> int:
     "Parameters of `model`, shared ones counted once, lazy ones not yet made not at all"

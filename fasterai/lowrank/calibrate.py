@@ -415,7 +415,7 @@ def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, se
     col.pool()
     return _finish(col, n)
 
-# %% ../../nbs/lowrank/calibrate.ipynb #9687beb5
+# %% ../../nbs/lowrank/calibrate.ipynb #a1294dce
 def _pooled(parts: dict, device) -> dict:
     "Moments of the rows of all ranks, for every key that one of them has"
     heads = gathered({k: (m.n, (m.want, m.centred, m.sketch), None if m.shift is None else m.shift.cpu()) for k,m in parts.items()})
@@ -442,7 +442,8 @@ def pool(self:_Collector):
     self.dropped = {n: sum(h[0][n] for h in heads) for n in self.dropped}
     self.probed,self.items = set().union(*(h[1] for h in heads)),sum(h[2] for h in heads)
     G = _pooled({k: g.G for k,g in self.sens.items() if g.G is not None}, device)
-    self.sens = {k: self.sens.get(k, _Gradients(full)).pool(G.get(k), d, device) for h in heads for k,(full,d) in h[3].items()}
+    kinds = {k: o for h in heads for k,o in h[3].items()}
+    self.sens = {k: self.sens.get(k, _Gradients(full)).pool(G.get(k), d, device) for k,(full,d) in kinds.items()}
 
 # %% ../../nbs/lowrank/calibrate.ipynb #040a27c9
 def _sens(col, s):

@@ -8,7 +8,7 @@ __all__ = ['LayerPlan', 'DecompositionPlan', 'make_plan', 'write_atomic', 'to_de
 # %% ../../nbs/lowrank/plan.ipynb #ded4fe93
 import json, os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace, asdict
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,8 @@ import torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
-from ..core.modules import _atomic, _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
+from ..core.modules import _atomic, _become, _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
+from ..core.distributed import agreed, balanced, shared, world
 from .calibrate import Calibration, NotDifferentiable, _collect
 from .factorize import Basis, factorize, shifted_bias, spectrum, trunc_error
 from .ranks import Layer, ParamBudget, mk_policy, round_rank
@@ -121,13 +122,24 @@ def _repr_html_(self:DecompositionPlan):
 # %% ../../nbs/lowrank/plan.ipynb #9553b700
 _BAR_FROM = 2e10  # multiply-adds of factorization, about two seconds on two cores
 
+def _cost(s): return 0 if s.module.weight.is_meta else min(s.in_features, s.out_features)*s.in_features*s.out_features
+
 def _progress(sites, verb):
     "Iterate over `sites` behind a progress bar when that will take a while"
-    def cost(s): return 0 if s.module.weight.is_meta else min(s.in_features, s.out_features)*s.in_features*s.out_features
-    if sum(map(cost, sites)) < _BAR_FROM: yield from sites; return
+    if sum(map(_cost, sites)) < _BAR_FROM or world()[0]: yield from sites; return
     bar = progress_bar(sites, leave=False)
     bar.comment = verb
     yield from bar
+
+def _divided(sites, verb, solve, pack=lambda o: o, unpack=lambda s, o: o):
+    "`solve(site)` for all `sites`, divided among the ranks by cost: site, result; one after the other in a single process"
+    rank,size = world()
+    if size == 1: yield from ((s, solve(s)) for s in _progress(sites, verb)); return
+    owners = balanced([*map(_cost, sites)], size)
+    with agreed(): mine = {s.name: solve(s) for s in _progress([s for s,o in zip(sites, owners) if o == rank], verb)}
+    for s,o in zip(sites, owners):
+        got = shared(pack(mine[s.name]) if o == rank else None, o, s.module.weight.device)
+        yield s, mine.pop(s.name) if o == rank else unpack(s, got)
 
 def _check_finite(s):
     "Raise for a layer with NaN or Inf; is its weight all zero?"
@@ -156,6 +168,21 @@ def _basis(s, stats):
     try: return replace(factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None), W=None)
     except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
 
+def _packed(b): return b if b is None else {f.name: getattr(b, f.name) for f in fields(b)}
+def _unpacked(s, o): return o if o is None else Basis(**o | dict(S=o['S'].cpu()))
+
+def _solved(sites, stats, want, keep):
+    "Bases of the layers that `stats` speaks of, and spectra of all, or with `want=False` of these; with `keep=False` covariances go once used"
+    bases,specs = {},{}
+    def solve(s):
+        b = _basis(s, stats[s.name])
+        if b is not None and not keep: stats.layers[s.name] = replace(stats[s.name], cov=None, sens=None)
+        return b
+    for s,b in _divided([s for s in sites if s.name in stats], 'spectra', solve, _packed, _unpacked):
+        if b is not None: bases[s.name],specs[s.name] = b,_digits(b.S.tolist())
+    rest = [s for s in sites if s.name not in bases] if want else []
+    return bases, dict.fromkeys([s.name for s in sites]) | specs | {s.name: o for s,o in _divided(rest, 'spectra', _spectrum)}
+
 # %% ../../nbs/lowrank/plan.ipynb #a2ab3209
 @torch.no_grad()
 def make_plan(
@@ -182,11 +209,7 @@ def make_plan(
     todo = [s for s in sites if s.reason is None and s.name not in left_out]
     zero = {s.name for s in todo if _check_finite(s)}
     stats = _statistics(model, data, [s for s in todo if s.name not in zero], policy, n_batches, sensitivity, loss)
-    bases,specs,want = {},{},spectra or policy.needs_spectra
-    for s in (_progress(todo, 'spectra') if want or stats else todo):
-        if (b := _basis(s, stats[s.name]) if s.name in stats else None) is not None: bases[s.name] = b
-        specs[s.name] = _digits(b.S.tolist()) if b is not None else _spectrum(s) if want else None
-        if b is not None and stats is not data: stats.layers[s.name] = replace(stats[s.name], cov=None, sens=None)  # large, and used up
+    bases,specs = _solved(todo, stats, spectra or policy.needs_spectra, keep=stats is data)
     if policy.needs_spectra: left_out |= {s.name: 'no solver found its singular values' for s in todo
                                           if specs[s.name] is None and s.weight.device.type != 'meta'}
     rows = {s.name: _row_of(s, specs.get(s.name), stats.get(s.name), bases.get(s.name)) for s in sites}
@@ -332,19 +355,22 @@ def _bias(layer):
 def apply(self:DecompositionPlan, 
     model: nn.Module,   # same architecture as the one planned for; left unchanged
     *,
+    inplace: bool = False, # change `model` itself, where memory is short: each dense weight is freed as soon as its pair exists
     data=None,          # for a calibrated plan that was loaded from a file: calibration data or a `Calibration`
     n_batches: int|None = None, # batches to look at, None for all
-) -> nn.Module:         # a new model
+) -> nn.Module:         # a new model, or `model`
     "A copy of `model` with every planned layer replaced by its pair, factorized one layer at a time"
     new = {}
     with torch.inference_mode(False), torch.no_grad():
-        sites = self._sites(model)
-        for s in sites.values(): _check_finite(s)
-        bases = self._bases(model, list(sites.values()), data, n_batches)
-        for s in _progress(list(sites.values()), 'factors'):
-            pair = _mk(s, self[s.name], bases.get(s.name))
-            if pair is not None: new[s.module] = pair
-        return copy_with(model, new)
+        with agreed():
+            sites = [*self._sites(model).values()]
+            for s in sites: _check_finite(s)
+        bases = self._bases(model, sites, data, n_batches)
+        for s,pair in _divided(sites, 'factors', lambda s: _mk(s, self[s.name], bases.get(s.name)), _tensors, lambda s,o: _filled(s, self[s.name], o)):
+            if pair is None: continue
+            if inplace: _become(s.module, pair)
+            else: new[s.module] = pair
+        return model if inplace else copy_with(model, new)
 
 # %% ../../nbs/lowrank/plan.ipynb #b46681a6
 @patch
@@ -364,7 +390,7 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
         raise ValueError(f'the plan was made with sensitivity {self.sensitivity or "none"}, the statistics hold {stats.sensitivity or "none"}.')
     if (lost := [s.name for s in want if s.name not in stats]):
         raise ValueError(f'data says nothing about {lost[0]!r}' + (f': {stats.missing[lost[0]]}.' if lost[0] in stats.missing else '.'))
-    return {s.name: b for s in _progress(want, 'spectra') if (b := _basis(s, stats[s.name])) is not None}
+    return {s.name: b for s,b in _divided(want, 'spectra', lambda s: _basis(s, stats[s.name]), _packed, _unpacked) if b is not None}
 
 # %% ../../nbs/lowrank/plan.ipynb #38f8c10f
 def _mk(s, row, basis=None):
@@ -379,6 +405,15 @@ def _mk(s, row, basis=None):
         return
     A,B = basis.pair(row.rank, out=(pair[0].weight.data, pair[1].weight.data))
     if pair[1].bias is not None: pair[1].bias.data.copy_(shifted_bias(pair[1].bias.data, basis, A, B))
+    return pair
+
+def _tensors(pair): return None if pair is None else [p.data for p in pair.parameters()]
+
+def _filled(s, row, tensors):
+    "The pair for one layer, made of what another rank computed"
+    if tensors is None: return
+    pair = _empty(s, row, s.weight.new_empty)
+    for p,t in zip(pair.parameters(), tensors): p.data = t
     return pair
 
 def _empty(s, row, new=None):

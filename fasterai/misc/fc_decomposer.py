@@ -49,16 +49,17 @@ class FC_Decomposer:
         return make_plan(model, self.policy, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss, **self._kw())
 
     def decompose(self, 
-        model: nn.Module,           # any model; left unchanged
+        model: nn.Module,           # any model; left unchanged, unless `inplace`
         data=None,                  # calibration data, as for `plan`; None for plain SVD
         *,
+        inplace: bool = False,      # change `model` itself, where memory is short: each dense weight is freed as soon as its pair exists
         n_batches: int|None = None, # batches to look at, None for all
         sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # as for `plan`
         loss: Callable|None = None, # as for `plan`
-    ) -> nn.Module:                 # a new model
+    ) -> nn.Module:                 # a new model, or `model`
         "A copy of `model` whose fully-connected layers are pairs: the same as `plan(model, data).apply(model)`"
         return make_plan(model, self.policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss,
-                         **self._kw()).apply(model)
+                         **self._kw()).apply(model, inplace=inplace)
 
     def __repr__(self):
         usual = dict(layers=None, exclude=None, skip_unprofitable=False, round_to=1, types=())
