@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES
@@ -27,6 +28,8 @@ from .calibrate import Calibration
 from .plan import (DecompositionPlan, LayerPlan, _check_finite, _check_round_to, _decide, _left_out, _mk, _notes, _row_of,
                                    _spectrum, _warn)
 from .ranks import mk_policy
+
+# %% ../../nbs/lowrank/checkpoint.ipynb #d2e65e5a
 try: import fcntl
 except ImportError: fcntl = None    # not on Windows
 
@@ -95,28 +98,20 @@ class _Checkpoint:
     @property
     def nbytes(self) -> int: return sum(t.nbytes for t in self.tensors.values())
 
-    @classmethod
-    def open(cls, path) -> '_Checkpoint':
-        "Look at all headers"
-        path = Path(path)
-        if not path.exists(): raise FileNotFoundError(f'no such file or folder: {path}.')
-        if path.is_file(): return cls._of(path, [path])
-        index,files = sorted(path.glob('*.safetensors.index.json')),sorted(path.glob('*.safetensors'))
-        if len(index) == 1: return cls._sharded(path, index[0])
-        if index: raise ValueError(f'{path} holds several indices: {", ".join(f.name for f in index)}. Which one is not clear.')
-        if len(files) == 1: return cls._of(path, files)
-        if files: raise ValueError(f'{path} holds {len(files)} safetensors files and no index. Pass one of them: {", ".join(f.name for f in files[:3])}.')
-        other = [f.name for f in sorted(path.iterdir()) if f.suffix in ('.bin','.pt','.pth','.ckpt')]
-        raise FileNotFoundError(f'{path} holds no safetensors file' + (f', but {other[0]}: convert it first.' if other else '.'))
-
-    @classmethod
-    def _of(cls, path, files, index=None):
-        heads = {f: _header(f) for f in files}
-        tensors = {}
-        for f,(ts,_) in heads.items():
-            if (twice := tensors.keys() & ts): raise ValueError(f'{min(twice)!r} is in {tensors[min(twice)].file.name} and in {f.name}.')
-            tensors |= ts
-        return cls(path, {f: m for f,(_,m) in heads.items()}, tensors, index)
+def _open(
+    path: str|os.PathLike,  # file or folder
+) -> _Checkpoint:
+    "Look at all headers"
+    path = Path(path)
+    if not path.exists(): raise FileNotFoundError(f'no such file or folder: {path}.')
+    if path.is_file(): return _opened(path, [path])
+    index,files = sorted(path.glob('*.safetensors.index.json')),sorted(path.glob('*.safetensors'))
+    if len(index) == 1: return _sharded(path, index[0])
+    if index: raise ValueError(f'{path} holds several indices: {", ".join(f.name for f in index)}. Which one is not clear.')
+    if len(files) == 1: return _opened(path, files)
+    if files: raise ValueError(f'{path} holds {len(files)} safetensors files and no index. Pass one of them: {", ".join(f.name for f in files[:3])}.')
+    other = [f.name for f in sorted(path.iterdir()) if f.suffix in ('.bin','.pt','.pth','.ckpt')]
+    raise FileNotFoundError(f'{path} holds no safetensors file' + (f', but {other[0]}: convert it first.' if other else '.'))
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #a4383782
 def _weight_map(index):
@@ -127,20 +122,26 @@ def _weight_map(index):
     if not ok: raise ValueError(f'{index} is not an index of shards: its weight_map must name files beside it.')
     return res
 
-def _sharded(cls, path, index):
+def _opened(path, files, index=None):
+    heads = {f: _header(f) for f in files}
+    tensors = {}
+    for f,(ts,_) in heads.items():
+        if (twice := tensors.keys() & ts): raise ValueError(f'{min(twice)!r} is in {tensors[min(twice)].file.name} and in {f.name}.')
+        tensors |= ts
+    return _Checkpoint(path, {f: m for f,(_,m) in heads.items()}, tensors, index)
+
+def _sharded(path, index):
     "Open the shards that `index` names; both must tell the same"
     where = _weight_map(index)
     files = [path/f for f in dict.fromkeys(sorted(where.values()))]
     if (lost := [f.name for f in files if not f.is_file()]):
         raise FileNotFoundError(f'{index.name} names {lost[0]}, which {path} lacks ({len(lost)} of {len(files)} shards are missing). Download it again.')
-    res = cls._of(path, files, index)
+    res = _opened(path, files, index)
     for n,f in where.items():
         if n not in res.tensors: raise ValueError(f'{index.name} says that {f} holds {n!r}, which it does not. Download both again.')
         if res.tensors[n].file.name != f: raise ValueError(f'{index.name} says that {f} holds {n!r}, but {res.tensors[n].file.name} does.')
     if (more := res.tensors.keys() - where): raise ValueError(f'{res.tensors[min(more)].file.name} holds {min(more)!r}, which {index.name} does not name.')
     return res
-
-_Checkpoint._sharded = classmethod(_sharded)
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #6eba36f9
 @contextmanager
@@ -194,9 +195,12 @@ def _from_names(tensors, layers):
     return res
 
 def _architecture(model, ck, layers):
-    "The model that says what may be decomposed"
-    if model is not None or (model := _from_config(ck.path)) is not None: return _build(model)
-    if layers is not None: return _from_names(ck.tensors, layers)
+    "The model that says what may be decomposed, and the number of its parameters"
+    if model is not None or (model := _from_config(ck.path)) is not None:
+        net = _build(model)
+        _check_match(net, {k: t.shape for k,t in ck.tensors.items()}, ck.path)
+        return net, count_params(net)
+    if layers is not None: return _from_names(ck.tensors, layers), sum(t.numel for t in ck.tensors.values() if t.torch_dtype in _FLOATS)
     some = [k[:-7] for k,t in ck.tensors.items() if k.endswith('.weight') and len(t.shape) == 2][:3]
     raise ValueError(f'{ck.path} does not say which of its matrices are fully-connected layers. Pass model=, a function that builds the model, '
                      f'or layers=, names such as {", ".join(map(repr, some))} or wildcards.')
@@ -222,9 +226,8 @@ def _check_match(
     model: nn.Module,
     shapes: Mapping[str,tuple],     # of the tensors in the checkpoint
     where: Path,                    # the checkpoint, for the error
-    strict: bool = False,           # may the checkpoint hold nothing else?
 ):
-    "Raise for the first tensor of `model` that is missing or has another shape"
+    "Raise for the first tensor of `model` that is missing, has another shape, or is not in the model"
     want,groups = model.state_dict(keep_vars=True),_groups(model)
     lost = [g[0] for g in groups if not any(k in shapes for k in g)]
     if lost: raise ValueError(f'{where} lacks {len(lost)} of {len(groups)} tensors of the model: {_some(lost)}.{_hint(min(lost), shapes)}')
@@ -232,7 +235,7 @@ def _check_match(
         if k in shapes and isinstance(v, torch.Tensor) and tuple(v.shape) != shapes[k]:
             raise ValueError(f'{where}: {k!r} has shape {shapes[k]}, the model has {tuple(v.shape)}. Is it the checkpoint of another model?')
     more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in _ignored(model))]
-    if strict and more: raise ValueError(f'{where} has {len(more)} tensors that the model lacks: {_some(more)}.')
+    if more: raise ValueError(f'{where} has {len(more)} tensors that the model lacks: {_some(more)}.')
 
 def _ignored(model): return getattr(model, '_keys_to_ignore_on_load_unexpected', None) or ()   # Hugging Face: buffers of old versions
 
@@ -252,7 +255,7 @@ def _holding(s, W):
 
 def _svd_cost(s): return min(s.in_features, s.out_features)**2*(max(s.in_features, s.out_features) + 4*min(s.in_features, s.out_features))
 
-def _look(sites, stored, run, spectra):
+def _look(sites, stored, run, spectra, device):
     "Look at all layers, each rank at its share: name -> what was seen"
     rank,size = world()
     with agreed(): old = run.looks() if rank == 0 else None
@@ -262,7 +265,7 @@ def _look(sites, stored, run, spectra):
     mine = [s for s,r in zip(todo, owner) if r == rank]
     with agreed(), _Meter([_svd_cost(s) if spectra else stored[s.name].nbytes for s in mine], 'spectra' if spectra else 'reading') as meter:
         for s in mine:
-            full = _holding(s, stored[s.name].read())
+            full = _holding(s, stored[s.name].read().to(device))
             zero = _check_finite(full)
             new.append(_Look(s.name, zero, _spectrum(full) if spectra else None))
             del full
@@ -302,7 +305,7 @@ def _sites(model, ck, types):
 
 def _key(layer, tensor): return f'{layer}.{tensor}' if layer else tensor
 
-def _made_plan(model, sites, why, left_out, seen, policy, stored, skip_unprofitable, round_to):
+def _made_plan(params, sites, why, left_out, seen, policy, stored, skip_unprofitable, round_to):
     "What `make_plan` would say if the weights were in memory"
     left_out = why | left_out
     if policy.needs_spectra: left_out |= {n: 'no solver found its singular values' for n,o in seen.items() if o.spectrum is None}
@@ -311,7 +314,7 @@ def _made_plan(model, sites, why, left_out, seen, policy, stored, skip_unprofita
     chosen = [rows[s.name] for s in sites if s.reason is None and s.name not in left_out]
     ranks = policy.ranks(chosen)
     return DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in seen and seen[s.name].zero,
-        skip_unprofitable, round_to, Calibration({})) for s in sites), repr(policy), count_params(model), _notes(policy, chosen, {}))
+        skip_unprofitable, round_to, Calibration({})) for s in sites), repr(policy), params, _notes(policy, chosen, {}))
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #7d0de0a4
 @dataclass(frozen=True)
@@ -329,13 +332,13 @@ class _Piece:
     @property
     def cost(self) -> float: return 10*self.src.nbytes + (0 if self.site is None else _svd_cost(self.site))
 
-    def data(self) -> Iterator:
+    def data(self, device: torch.device|str = 'cpu') -> Iterator:
         "The bytes to write, one tensor at a time"
         if self.site is None: yield from self.src.chunks(); return
-        s = _holding(self.site, self.src.read())
+        s = _holding(self.site, self.src.read().to(device))
         _check_finite(s)
         if (pair := _mk(s, self.row)) is None: raise ValueError(f'no solver could decompose {self.src.name!r}. Leave it out with exclude=.')
-        for p in pair.parameters(): yield p.detach().reshape(-1).view(torch.uint8).numpy()
+        for p in pair.parameters(): yield p.detach().cpu().reshape(-1).view(torch.uint8).numpy()
 
 def _pieces(ck, plan, sites, keys):
     "File -> its pieces, in the order in which they are written: wide numbers first, so that each lies at a multiple of its size"
@@ -374,9 +377,10 @@ def _resumed(part, log, head, ends):
     safe = min(max(lines, default=0), part.stat().st_size) if same else 0
     return sum(e <= safe for e in ends)
 
+# %% ../../nbs/lowrank/checkpoint.ipynb #3d87a1ea
 _SYNC = 2**26       # bytes of copied tensors after which the disk is waited for
 
-def _write_shard(path, pieces, meta, meter):
+def _write_shard(path, pieces, meta, meter, device='cpu'):
     "Write one file, going on where an earlier run stopped; it gets its name when it is whole"
     part,log = path.with_name(path.name+'.partial'),path.with_name(path.name+'.log')
     head,ends = _new_header(pieces, meta)
@@ -387,7 +391,7 @@ def _write_shard(path, pieces, meta, meter):
         synced = f.tell()
         for i,(p,end) in enumerate(zip(pieces, ends)):
             if i >= done:
-                for b in p.data(): f.write(b)
+                for b in p.data(device): f.write(b)
                 if p.site is not None or end - synced > _SYNC or i == len(ends)-1: synced = _synced(f, l)
             meter.step()
         _synced(f, l)
@@ -440,7 +444,8 @@ class _Run:
         if self.lock: self.lock.close()
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #dfd4e4f5
-def _looks(self):
+@patch
+def looks(self:_Run) -> list[_Look]:
     "What earlier runs have noted; a line cut off by the end of a process is left out"
     res = []
     for line in [l for f in sorted(self.path.glob('looks.*')) for l in f.read_text().split('\n')]:
@@ -449,10 +454,13 @@ def _looks(self):
         res.append(_Look(n, zero, spec and tuple(spec)))
     return res
 
-def _note(self, look, rank):
+@patch
+def note(self:_Run, look: _Look, rank: int):
+    "Add a line"
     with open(self.path/f'looks.{rank}', 'a') as f: f.write(json.dumps([look.name, look.zero, look.spectrum])+'\n')
 
-def _agree(self, plan, overwrite):
+@patch
+def agree(self:_Run, plan: DecompositionPlan, overwrite: bool) -> set[str]:
     "Keep the plan; files written by another one must not be mixed with it. What is done already"
     f = self.out/'plan.json'
     try: same = DecompositionPlan.load(f) == plan
@@ -463,8 +471,6 @@ def _agree(self, plan, overwrite):
         self.out.mkdir()
     plan.save(f, overwrite=True)
     return {f.name for f in self.out.glob('*.safetensors')}
-
-_Run.looks,_Run.note,_Run.agree = _looks,_note,_agree
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #5beddedc
 _WEIGHTS = ('.safetensors','.bin','.pt','.pth','.ckpt','.h5','.msgpack','.onnx','.gguf','.index.json')
@@ -517,13 +523,14 @@ def decompose_checkpoint(
     skip_unprofitable: bool = False,        # keep a layer dense where its pair would not be smaller?
     round_to: int = 1,                      # ranks in multiples of this
     types: Iterable[type] = (),             # subclasses of nn.Linear to treat as nn.Linear
+    device: torch.device|str = 'cpu',       # where layers are factorized
     overwrite: bool = False,                # replace `dst`, and an unfinished run with other arguments?
 ) -> DecompositionPlan:                     # also in the metadata of the files
     "Decompose the layers of a checkpoint, one tensor at a time; called again after it was interrupted, it goes on"
     policy = mk_policy(policy)
     layers,exclude = (tuple(o) if isinstance(o, Iterable) and not isinstance(o, str) else o for o in (layers, exclude))
     with agreed():
-        job = _Job(src, dst, policy, model, layers, exclude, tuple(types), overwrite)
+        job = _Job(src, dst, policy, model, layers, exclude, tuple(types), device, overwrite)
         _check_round_to(round_to, policy)
     try:
         with agreed():
@@ -536,41 +543,43 @@ def decompose_checkpoint(
 # %% ../../nbs/lowrank/checkpoint.ipynb #4a9952ec
 class _Job:
     "One call of `decompose_checkpoint`: everything that is known before something is written"
-    def __init__(self, src, dst, policy, model, layers, exclude, types, overwrite):
-        self.policy,self.overwrite,self.ck = policy,overwrite,_Checkpoint.open(src)
+    def __init__(self, src, dst, policy, model, layers, exclude, types, device, overwrite):
+        self.policy,self.overwrite,self.ck = policy,overwrite,_open(src)
         if any(_PLAN in m for m in self.ck.metas.values()): raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
         dst,self.single = _target(src, dst, self.ck, overwrite)
-        self.run,self.net = _Run(dst),_architecture(model, self.ck, layers)
-        _check_match(self.net, {k: t.shape for k,t in self.ck.tensors.items()}, self.ck.path)
+        self.run,self.device,(self.net,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
         self.sites,self.keys,self.why = _sites(self.net, self.ck, types)
         self.left_out = _left_out(self.net, self.sites, layers, exclude, policy)
         self.stored = {n: self.ck.tensors[_key(ks[0], 'weight')] for n,ks in self.keys.items()}
 
-    def planned(self, skip_unprofitable, round_to, asked):
-        "The plan, and the names of the files that an earlier run has finished"
-        todo,rank = [s for s in self.sites if s.reason is None and s.name not in self.left_out | self.why],world()[0]
-        try:
-            seen = _look(todo, self.stored, self.run, self.policy.needs_spectra)
-            with agreed():
-                if rank == 0:
-                    plan = _made_plan(self.net, self.sites, self.why, self.left_out, seen, self.policy, self.stored, skip_unprofitable, round_to)
-                    done = self.run.agree(plan, self.overwrite)
-                    _warn(plan, asked | {*getattr(self.policy, 'policies', ())})
-        except (ValueError, RuntimeError):
-            if rank == 0 and not self.run.begun and not self.policy.needs_spectra: shutil.rmtree(self.run.path)   # nothing in it worth keeping
-            raise
-        return shared((plan, done) if rank == 0 else None, 0)
-
-    def write(self, plan, done):
-        "Write all files, each rank its share, and finish"
-        (rank,size),pieces = world(),_pieces(self.ck, plan, self.sites, self.keys)
-        todo = [f for f in pieces if f.name not in done]
-        text = replace(plan, layers=tuple(replace(o, spectrum=None) for o in plan.layers)).to_json()    # spectra are in plan.json
-        mine = [f for f,r in zip(todo, balanced([sum(p.cost for p in pieces[f]) for f in todo], size)) if r == rank]
-        with agreed(), _Meter([p.cost for f in mine for p in pieces[f]], 'factors') as meter:
-            for f in mine: _write_shard(self.run.out/f.name, pieces[f], {'format': 'pt', **self.ck.metas[f], _PLAN: text}, meter)
+# %% ../../nbs/lowrank/checkpoint.ipynb #38299469
+@patch
+def planned(self:_Job, skip_unprofitable, round_to, asked):
+    "The plan, and the names of the files that an earlier run has finished"
+    todo,rank = [s for s in self.sites if s.reason is None and s.name not in self.left_out | self.why],world()[0]
+    try:
+        seen = _look(todo, self.stored, self.run, self.policy.needs_spectra, self.device)
         with agreed():
-            if rank == 0: _finish(self.run, self.ck, pieces, self.single)
+            if rank == 0:
+                plan = _made_plan(self.params, self.sites, self.why, self.left_out, seen, self.policy, self.stored, skip_unprofitable, round_to)
+                done = self.run.agree(plan, self.overwrite)
+                _warn(plan, asked | {*getattr(self.policy, 'policies', ())})
+    except (ValueError, RuntimeError):
+        if rank == 0 and not self.run.begun and not self.policy.needs_spectra: shutil.rmtree(self.run.path)   # nothing in it worth keeping
+        raise
+    return shared((plan, done) if rank == 0 else None, 0)
+
+@patch
+def write(self:_Job, plan, done):
+    "Write all files, each rank its share, and finish"
+    (rank,size),pieces = world(),_pieces(self.ck, plan, self.sites, self.keys)
+    todo = [f for f in pieces if f.name not in done]
+    text = replace(plan, layers=tuple(replace(o, spectrum=None) for o in plan.layers)).to_json()    # spectra are in plan.json
+    mine = [f for f,r in zip(todo, balanced([sum(p.cost for p in pieces[f]) for f in todo], size)) if r == rank]
+    with agreed(), _Meter([p.cost for f in mine for p in pieces[f]], 'factors') as meter:
+        for f in mine: _write_shard(self.run.out/f.name, pieces[f], {'format': 'pt', **self.ck.metas[f], _PLAN: text}, meter, self.device)
+    with agreed():
+        if rank == 0: _finish(self.run, self.ck, pieces, self.single)
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #6cc2014e
 def _plan_of(ck):
@@ -610,7 +619,7 @@ def load_decomposed(
     device: torch.device|str|None = None,           # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                     # a new model, in the mode (training or not) of the dense one, dtypes from the file
     "The model in a decomposed checkpoint, without any SVD; loads strictly"
-    ck = _Checkpoint.open(path)
+    ck = _open(path)
     plan = _plan_of(ck)
     if model is None and (model := _from_config(ck.path)) is None:
         raise ValueError(f'{path} has no config.json that transformers knows. Pass model=, a function that builds the dense model.')
@@ -619,7 +628,7 @@ def load_decomposed(
     readers = {s.name: s.reader is not None for s in find_linears(net)}
     plan = replace(plan, layers=tuple(replace(o, readable=readers.get(o.name, o.readable)) for o in plan.layers))
     small = plan.skeleton(_emptied(net))
-    _check_match(small, {k: t.shape for k,t in ck.tensors.items()}, ck.path, strict=True)
+    _check_match(small, {k: t.shape for k,t in ck.tensors.items()}, ck.path)
     if (lost := [n for n,b in small.named_buffers() if b.is_meta and n not in small.state_dict()]):
         raise ValueError(f'{lost[0]!r} is in no checkpoint and holds no data (meta device). Pass a function that builds the model, not a model on the meta device.')
     sd = _tensors(small, ck, device)
