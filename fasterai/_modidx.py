@@ -310,6 +310,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fasterai/lowrank/checkpoint.py'),
                                              'fasterai.lowrank.checkpoint._architecture': ( 'lowrank/checkpoint.html#_architecture',
                                                                                             'fasterai/lowrank/checkpoint.py'),
+                                             'fasterai.lowrank.checkpoint._as_in': ( 'lowrank/checkpoint.html#_as_in',
+                                                                                     'fasterai/lowrank/checkpoint.py'),
                                              'fasterai.lowrank.checkpoint._build': ( 'lowrank/checkpoint.html#_build',
                                                                                      'fasterai/lowrank/checkpoint.py'),
                                              'fasterai.lowrank.checkpoint._check_match': ( 'lowrank/checkpoint.html#_check_match',

@@ -590,6 +590,15 @@ def _plan_of(ck):
         if t != texts[next(iter(texts))]: raise ValueError(f'{f.name} and {next(iter(texts)).name} come from different runs. Decompose again.')
     return DecompositionPlan.from_json(t, where=f'the plan in {f}')
 
+def _as_in(model, plan):
+    "`plan` with what only the model knows, for one made from names alone: which class a layer has, who reads its weight"
+    sites = {s.name: s for s in find_linears(model)}
+    def f(o):
+        if (s := sites.get(o.name)) is None: return o
+        plain = o.kind == 'Linear' and isinstance(s.module, nn.Linear)
+        return replace(o, kind=s.kind if plain else o.kind, readable=s.reader is not None)
+    return replace(plan, layers=tuple(map(f, plan.layers)))
+
 def _emptied(model):
     "A copy of `model` whose parameters hold no data; buffers are copied, ties remain"
     memo,metas = {},{}
@@ -625,9 +634,7 @@ def load_decomposed(
         raise ValueError(f'{path} has no config.json that transformers knows. Pass model=, a function that builds the dense model.')
     net = _build(model)
     if device is None: device = next((p.device for p in net.parameters() if not p.is_meta), 'cpu')
-    readers = {s.name: s.reader is not None for s in find_linears(net)}
-    plan = replace(plan, layers=tuple(replace(o, readable=readers.get(o.name, o.readable)) for o in plan.layers))
-    small = plan.skeleton(_emptied(net))
+    small = _as_in(net, plan).skeleton(_emptied(net))
     _check_match(small, {k: t.shape for k,t in ck.tensors.items()}, ck.path)
     if (lost := [n for n,b in small.named_buffers() if b.is_meta and n not in small.state_dict()]):
         raise ValueError(f'{lost[0]!r} is in no checkpoint and holds no data (meta device). Pass a function that builds the model, not a model on the meta device.')
