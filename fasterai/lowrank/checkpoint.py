@@ -373,7 +373,7 @@ def _resumed(part, log, head, ends):
     "How many pieces of the unfinished file `part` are on the disk"
     if not (part.is_file() and log.is_file()): return 0
     with open(part, 'rb') as f: same = f.read(len(head)) == head
-    lines = [int(l) for l in log.read_text().split('\n')[:-1] if l.isdigit()]   # the last line may be half a number
+    lines = [int(l) for l in log.read_text().split('\n')[:-1] if l.isdigit()]
     safe = min(max(lines, default=0), part.stat().st_size) if same else 0
     return sum(e <= safe for e in ends)
 
@@ -402,7 +402,7 @@ def _synced(f, log):
     "Wait for the disk, then say so"
     f.flush()
     os.fsync(f.fileno())
-    log.write(f'{f.tell()}\n')
+    log.write(f'\n{f.tell()}\n')     # what stands before may be half a number
     log.flush()
     return f.tell()
 
@@ -457,7 +457,7 @@ def looks(self:_Run) -> list[_Look]:
 @patch
 def note(self:_Run, look: _Look, rank: int):
     "Add a line"
-    with open(self.path/f'looks.{rank}', 'a') as f: f.write(json.dumps([look.name, look.zero, look.spectrum])+'\n')
+    with open(self.path/f'looks.{rank}', 'a') as f: f.write('\n'+json.dumps([look.name, look.zero, look.spectrum])+'\n')  # the line before may be cut off
 
 @patch
 def agree(self:_Run, plan: DecompositionPlan, overwrite: bool) -> set[str]:
