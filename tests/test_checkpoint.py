@@ -9,7 +9,6 @@ from fasterai.lowrank import checkpoint
 from fasterai.misc.all import *
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*layers grew:UserWarning', 'ignore:.*fork:DeprecationWarning')
-ROOT = Path(__file__).parent.parent
 
 class Net(nn.Module):
     "Layers, buffers of all kinds, and an embedding"
@@ -319,30 +318,24 @@ def test_other_arguments_do_not_mix(src, model, tmp_path, monkeypatch):
     decompose_checkpoint(src, tmp_path/'s.safetensors', .5, model=Net, overwrite=True)
     same(tensors(tmp_path/'s.safetensors'), FC_Decomposer(.5).decompose(net(1)).state_dict())
 
-SLOW = '''
-    import sys, time
-    sys.path.insert(0, {tests!r})
-    from fasterai.lowrank import checkpoint
-    from test_checkpoint import Net
-    mk = checkpoint._mk
-    def slow(*args):
-        time.sleep(.15)
-        return mk(*args)
-    checkpoint._mk = slow
-    checkpoint.decompose_checkpoint(sys.argv[1], sys.argv[2], .25, model=Net)
-'''
+def _slowly(src, dst):
+    real = checkpoint._mk
+    checkpoint._mk = lambda *args: time.sleep(.15) or real(*args)
+    decompose_checkpoint(src, dst, .25, model=Net)
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no SIGKILL')
 def test_kill_and_go_on(src, model, tmp_path, monkeypatch):
     dst,log = tmp_path/'s.safetensors',tmp_path/'s.safetensors.partial/out/dense.safetensors.log'
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(SLOW).format(tests=str(ROOT/'tests')), str(src), str(dst)])
+    p = mp.get_context('fork').Process(target=_slowly, args=(src, dst))
+    p.start()
     end = time.time() + 60
     while not (log.exists() and len(log.read_text().split()) >= 3):
-        assert p.poll() is None and time.time() < end
+        assert p.is_alive() and time.time() < end
         time.sleep(.01)
     with pytest.raises(ValueError, match='another process is writing'): decompose_checkpoint(src, dst, .25, model=Net)
-    p.send_signal(signal.SIGKILL)
-    assert p.wait() == -signal.SIGKILL and not dst.exists()
+    p.kill()
+    p.join()
+    assert p.exitcode == -signal.SIGKILL and not dst.exists()
     n = stopped_at(monkeypatch, 0)
     decompose_checkpoint(src, dst, .25, model=Net)
     assert 0 < n[0] <= 7 - 3
@@ -483,33 +476,34 @@ def test_ties_that_differ(tmp_path):
 
 # ------------------------------------------------------------------ memory
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss has another unit elsewhere')
-def test_memory_is_a_few_tensors(tmp_path):
-    # 24 layers of 12 MiB (288 MiB), the largest tensor has 24 MiB
-    sd = {f'fc{i}.weight': torch.randn(*((320, 9984) if i % 2 else (9984, 320))) for i in range(24)} | {'table.weight': torch.randn(19968, 320)}
-    save_file(sd, tmp_path/'big.safetensors')
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    # layers of 10 MiB and a table of 20; two layers, then 20 (220 MiB)
+    sd = {f'fc{i}.weight': torch.randn(*((260, 10000) if i % 2 else (10000, 260))) for i in range(20)} | {'table.weight': torch.randn(20000, 260)}
+    for n,f in ((2, 'two'), (20, 'all')): save_file({k: v for k,v in sd.items() if k[0] == 't' or int(k[2:-7]) < n}, tmp_path/f'{f}.safetensors')
     code = '''
-        import resource, sys, torch
+        import sys, torch
         from torch import nn
         from fasterai.lowrank.checkpoint import decompose_checkpoint, load_decomposed
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])/2**10  # ru_maxrss begins with the parent's
         d = sys.argv[1]
-        def build(): return nn.ModuleDict({f'fc{i}': nn.Linear(*((9984, 320) if i % 2 else (320, 9984)), bias=False) for i in range(24)}
-                                          | {'table': nn.Embedding(19968, 320)})
-        torch.linalg.eigh(torch.eye(64)), build
-        before = peak()
-        decompose_checkpoint(f'{d}/big.safetensors', f'{d}/small.safetensors', .1, model=build)
-        made = peak() - before
-        before = peak()
-        load_decomposed(build, f'{d}/small.safetensors')
-        print(made, peak() - before)
+        def build(n): return nn.ModuleDict({f'fc{i}': nn.Linear(*((10000, 260) if i % 2 else (260, 10000)), bias=False) for i in range(n)}
+                                           | {'table': nn.Embedding(20000, 260)})
+        start = peak()
+        for f,n in (('two', 2), ('all', 20)):
+            before = peak()
+            decompose_checkpoint(f'{d}/{f}.safetensors', f'{d}/{f}-small.safetensors', .1, model=lambda: build(n))
+        made = peak()
+        load_decomposed(lambda: build(20), f'{d}/all-small.safetensors')
+        print(made - before, before - start, peak() - made)
     '''
     res = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True,
                          env=os.environ | dict(MALLOC_MMAP_THRESHOLD_='1000000'))
     assert res.returncode == 0, res.stderr
-    made,loaded = map(float, res.stdout.split()[-2:])
-    assert made < 3*24 + 24             # MiB; the whole is 312
-    assert loaded < (tmp_path/'small.safetensors').stat().st_size/2**20 + 24
+    more,first,loaded = map(float, res.stdout.split()[-3:])
+    assert more < 12            # MiB; the files differ by 180
+    assert first < 3*20 + 150
+    assert loaded < (tmp_path/'all-small.safetensors').stat().st_size/2**20 + 12
 
 # ------------------------------------------------------------------ several processes
 

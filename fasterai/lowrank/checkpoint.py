@@ -34,7 +34,7 @@ try: import fcntl
 except ImportError: fcntl = None    # not on Windows
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #6c9e8586
-_COPY = 2**24       # bytes copied at a time
+_COPY = 2**22       # bytes copied at a time
 
 @dataclass(frozen=True)
 class _Stored:
