@@ -264,6 +264,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fasterai/lowrank/checkpoint.py'),
                                              'fasterai.lowrank.checkpoint._Meter._show': ( 'lowrank/checkpoint.html#_meter._show',
                                                                                            'fasterai/lowrank/checkpoint.py'),
+                                             'fasterai.lowrank.checkpoint._Meter.skip': ( 'lowrank/checkpoint.html#_meter.skip',
+                                                                                          'fasterai/lowrank/checkpoint.py'),
                                              'fasterai.lowrank.checkpoint._Meter.step': ( 'lowrank/checkpoint.html#_meter.step',
                                                                                           'fasterai/lowrank/checkpoint.py'),
                                              'fasterai.lowrank.checkpoint._Piece': ( 'lowrank/checkpoint.html#_piece',

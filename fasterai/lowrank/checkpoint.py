@@ -284,7 +284,10 @@ class _Meter:
         "The next piece is done"
         self.done += next(self.left)
         if self.bar is None and time.time() - self.start > 1 and world()[0] == 0: self._show()
-        if self.bar is not None: self.bar.update(int(1000*self.done/self.total))
+        if self.bar is not None: self.bar.update(int(1000*self.done/max(self.total, self.done)))
+    def skip(self):
+        "The next piece was done by an earlier run: it says nothing about the time that is left"
+        self.total -= next(self.left)
     def _show(self):
         self.bar = progress_bar(range(1000), leave=False)    # in thousandths of the cost: pieces differ
         self.bar.comment = self.comment
@@ -390,9 +393,9 @@ def _write_shard(path, pieces, meta, meter, device='cpu'):
         f.truncate(f.seek(ends[done-1] if done else len(head)))
         synced = f.tell()
         for i,(p,end) in enumerate(zip(pieces, ends)):
-            if i >= done:
-                for b in p.data(device): f.write(b)
-                if p.site is not None or end - synced > _SYNC or i == len(ends)-1: synced = _synced(f, l)
+            if i < done: meter.skip(); continue
+            for b in p.data(device): f.write(b)
+            if p.site is not None or end - synced > _SYNC: synced = _synced(f, l)
             meter.step()
         _synced(f, l)
     os.replace(part, path)
@@ -492,6 +495,7 @@ def _finish(run, ck, pieces, single):
                 if f.is_file() and f.name[0] != '.' and not f.name.endswith(_WEIGHTS) and f.name != 'plan.json': shutil.copyfile(f, run.out/f.name)
         if run.dst.exists(): os.rename(run.dst, run.path/'replaced')
         os.rename(run.out, run.dst)
+    run.close()
     shutil.rmtree(run.path)
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #7148c438
