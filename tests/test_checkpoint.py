@@ -196,6 +196,13 @@ def test_half_precision_hugging_face_folder(tmp_path):
     ids = torch.arange(12)[None]
     assert torch.equal(small(ids).logits, FC_Decomposer(.25).decompose(m)(ids).logits)
 
+def test_buffers_that_old_versions_saved(tmp_path):
+    m = hf('llama').eval()
+    freq = m.model.rotary_emb.inv_freq
+    save_file(m.state_dict() | {f'model.layers.{i}.self_attn.rotary_emb.inv_freq': freq.clone() for i in range(2)}, tmp_path/'a.safetensors')
+    decompose_checkpoint(tmp_path/'a.safetensors', tmp_path/'b.safetensors', .25, model=lambda: hf('llama'))
+    same(load_decomposed(m, tmp_path/'b.safetensors').state_dict(), FC_Decomposer(.25).decompose(m).state_dict())
+
 # ------------------------------------------------------------------ which tensors are layers
 
 def test_names_alone(src, model, tmp_path):

@@ -234,10 +234,14 @@ def _check_match(
     for k,v in want.items():
         if k in shapes and isinstance(v, torch.Tensor) and tuple(v.shape) != shapes[k]:
             raise ValueError(f'{where}: {k!r} has shape {shapes[k]}, the model has {tuple(v.shape)}. Is it the checkpoint of another model?')
-    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in _ignored(model))]
+    pats = _ignored(model)
+    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in pats)]
     if more: raise ValueError(f'{where} has {len(more)} tensors that the model lacks: {_some(more)}.')
 
-def _ignored(model): return getattr(model, '_keys_to_ignore_on_load_unexpected', None) or ()   # Hugging Face: buffers of old versions
+def _ignored(model):
+    "Patterns of names that old versions of a model wrote: buffers it now computes itself, and what Hugging Face lists"
+    own = ['.'.join(n.split('.')[-2:]) for n,_ in model.named_buffers() if n not in model.state_dict()]
+    return [*(rf'(^|\.){re.escape(n)}$' for n in own), *(getattr(model, '_keys_to_ignore_on_load_unexpected', None) or ())]
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #b69fc8ef
 @dataclass(frozen=True)
