@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fasterai.lowrank.cli import digits_dls, run_example, fasterai_decompose
-from fasterai.misc.all import DecompositionPlan, FC_Decomposer, count_params
+from fasterai.misc.all import DecompositionPlan, FC_Decomposer, ParamBudget, count_params, load_decomposed
 
 RESNET = ['--arch', 'torchvision.models:resnet18', '--arch-args', '{"num_classes": 10}']
 
@@ -107,7 +107,34 @@ def test_existing_output_is_kept(cli, weights):
     assert Path('small/notes.txt').read_text() == 'mine'      # only its own files are replaced
 
 
+def test_checkpoint_on_disk(cli, weights):
+    model,d = weights
+    args = ['--checkpoint', d/'w.safetensors', *RESNET, '--out', 'small.safetensors']
+    rc,out,_ = cli(*args, '--rank-ratio', 0.3)
+    assert rc == 0 and f'{count_params(FC_Decomposer(0.3).decompose(model)):,}' in out and listing().keys() == {Path('small.safetensors')}
+    x = torch.randn(2, 3, 64, 64)
+    small = load_decomposed(lambda: resnet18(num_classes=10).eval(), 'small.safetensors')
+    assert torch.equal(small(x), FC_Decomposer(0.3).decompose(model)(x))
+    rc,_,err = cli(*args)
+    assert rc == 2 and '--force' in err
+    assert cli(*args, '--force', '--budget', 0.4)[0] == 0
+    small = load_decomposed(lambda: resnet18(num_classes=10).eval(), 'small.safetensors')
+    assert torch.equal(small(x), FC_Decomposer(policy=ParamBudget(0.4)).decompose(model)(x))
+
+
+def test_budget(cli, weights):
+    model,d = weights
+    assert cli(*RESNET, '--weights', d/'w.pt', '--budget', 0.4, '--out', 'small')[0] == 0
+    assert DecompositionPlan.load('small/plan.json') == FC_Decomposer(policy=ParamBudget(0.4)).plan(model)
+
+
 BAD = {
+    'checkpoint and weights': (['--checkpoint', 'w.safetensors', '--weights', 'w.pt'], '--checkpoint goes with'),
+    'checkpoint without layers': (['--checkpoint', 'w.safetensors', '--out', 'x'], "names such as 'fc'"),
+    'truncated checkpoint': (['--checkpoint', 'cut.safetensors', *RESNET, '--out', 'x'], 'cut.safetensors is not a whole'),
+    'no such checkpoint': (['--checkpoint', 'nope', *RESNET, '--out', 'x'], 'no such file or folder: nope'),
+    'budget and ratio': ([*RESNET, '--weights', 'w.pt', '--budget', '0.3', '--rank-ratio', '0.3'], 'not both'),
+    'budget': ([*RESNET, '--weights', 'w.pt', '--budget', '30'], 'ratio must be in (0, 1], got 30'),
     'no such learner': (['nope.pkl'], 'nope.pkl'),
     'no such weights': ([*RESNET, '--weights', 'nope.pt'], 'nope.pt'),
     'arch without weights': (RESNET, '--weights'),

@@ -7,9 +7,12 @@ __all__ = ['digits_dls', 'build_arch', 'load_weights', 'write_result', 'disk_byt
 
 # %% ../../nbs/lowrank/cli.ipynb #c9fd02a1
 import importlib, json, os, pickle, shutil, sys, tempfile, time, warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 import numpy as np, pandas as pd
-import torch
+import torch, torch.distributed as dist
 from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock, ItemGetter, Learner, Normalize, RandomSplitter,
                                Resize, accuracy, imagenet_stats, load_learner, set_seed)
 from fastcore.script import call_parse, is_cli
@@ -19,8 +22,11 @@ from safetensors.torch import load_file, save_model
 from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.models import vgg16_bn
+from ..core.distributed import world
 from ..core.modules import _umask, count_params
+from .checkpoint import decompose_checkpoint
 from .plan import DecompositionPlan, make_plan
+from .ranks import ParamBudget
 from ..misc.fc_decomposer import FC_Decomposer
 
 # %% ../../nbs/lowrank/cli.ipynb #1baa8feb
@@ -190,8 +196,36 @@ def _decompose_given(fc, model, learn=None):
     if learn is not None: learn.model,learn.opt = small,None
     return small, plan, pd.DataFrame([_row('dense', model), _row('decomposed', small, seconds=seconds)]).fillna('')
 
+# %% ../../nbs/lowrank/cli.ipynb #5879c3d3
+@contextmanager
+def _ranks() -> Iterator[None]:
+    "The process group that torchrun asks for, if it does"
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or dist.is_initialized(): yield; return
+    dist.init_process_group('gloo', timeout=timedelta(days=30))     # one rank may wait for the files of another
+    try: yield
+    except RuntimeError as e: raise ChildProcessError(str(e)) from e     # another rank failed, or was lost
+    finally: dist.destroy_process_group()
+
+def _mb(path): return sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob('*.safetensors')))/1e6
+
+def _decompose_files(checkpoint, out, arch, arch_args, fc, force):
+    "Decompose a checkpoint on disk: the comparison"
+    start,model = time.perf_counter(),(lambda: build_arch(arch, arch_args)) if arch else None
+    with _ranks():
+        plan = decompose_checkpoint(checkpoint, out, fc.policy, model=model, layers=fc.layers, exclude=fc.exclude,
+                                    skip_unprofitable=fc.skip_unprofitable, round_to=fc.round_to, overwrite=force)
+        first = world()[0] == 0
+    rows = [dict(model=n, parameters=f'{p:,}') | {'MB on disk': f'{_mb(Path(f)):.1f}'} for n,p,f in (
+        ('dense', plan.params, checkpoint), ('decomposed', plan.params_after, out))]
+    table = pd.DataFrame(rows).assign(**{'made in': ['', f'{time.perf_counter()-start:.0f} s']})
+    if first: _say(f'{plan}\n\n{table.to_string(index=False)}\n\nwrote {out}')
+    return table
+
 # %% ../../nbs/lowrank/cli.ipynb #bd3dec9b
-def _run(model, arch, arch_args, weights, out, force, allow_pickle, epochs, finetune_epochs, seed, fc):
+def _run(model, arch, arch_args, weights, out, force, allow_pickle, epochs, finetune_epochs, seed, fc, checkpoint):
+    if checkpoint:
+        if model or weights: raise ValueError('--checkpoint goes with --arch or --layers, not with a learner file or --weights.')
+        return _decompose_files(checkpoint, out, arch, arch_args, fc, force)
     out,learn = Path(out),None
     if model and (arch or weights): raise ValueError('pass a learner file, or --arch and --weights, not both.')
     if bool(arch) != bool(weights): raise ValueError(f'--arch and --weights go together; {"--weights" if arch else "--arch"} is missing.')
@@ -206,6 +240,14 @@ def _run(model, arch, arch_args, weights, out, force, allow_pickle, epochs, fine
     _say(f'\n{table.to_string(index=False)}\n\nwrote {", ".join(map(str, files))}')
     return table
 
+# %% ../../nbs/lowrank/cli.ipynb #28ef4628
+def _mk_fc(rank_ratio, budget, layers, exclude, skip_unprofitable, round_to):
+    "`FC_Decomposer` for options of the command"
+    kw = dict(layers=layers and layers.split(','), exclude=exclude and exclude.split(','), skip_unprofitable=skip_unprofitable)
+    if budget is None: return FC_Decomposer(rank_ratio, round_to=round_to, **kw)
+    if rank_ratio != 0.5: raise ValueError(f'pass --rank-ratio {rank_ratio} or --budget {budget}, not both.')
+    return FC_Decomposer(policy=ParamBudget(budget) if round_to == 1 else ParamBudget(budget, round_to=round_to), **kw)
+
 # %% ../../nbs/lowrank/cli.ipynb #aeff6580
 @call_parse(pos=['model'])
 def fasterai_decompose(
@@ -213,12 +255,14 @@ def fasterai_decompose(
     arch: str = None,               # model function as module:function, such as torchvision.models:vgg16_bn
     arch_args: str = '{}',          # its arguments, a JSON object such as '{"num_classes": 2}'
     weights: str = None,            # its weights: .safetensors, or .pt read with weights_only=True
+    checkpoint: str = None,         # safetensors file, or folder with shards, decomposed without loading it; --arch, config.json or --layers tell the layers
     rank_ratio: float = 0.5,        # share of singular values to keep, in (0, 1]
+    budget: float = None,           # in its place: share of the layers' parameters to keep, spent where they matter
     layers: str = None,             # only these layers: comma-separated names, containers or wildcards
     exclude: str = None,            # all but these
     skip_unprofitable: bool = False,# keep a layer dense where its pair would not be smaller?
     round_to: int = 1,              # ranks in multiples of this
-    out: str = 'fasterai_out',      # folder for model.safetensors, plan.json and plan.png
+    out: str = 'fasterai_out',      # folder for model.safetensors, plan.json and plan.png, or for the decomposed checkpoint
     force: bool = False,            # overwrite files in --out?
     allow_pickle: bool = False,     # load a pickle (learn.export), which runs the code in it?
     epochs: int = 3,                # training epochs of the built-in example
@@ -227,10 +271,9 @@ def fasterai_decompose(
 ):
     "Make the fully-connected layers of a trained network smaller by truncated SVD, and show what it costs"
     try:
-        fc = FC_Decomposer(rank_ratio, layers=layers and layers.split(','), exclude=exclude and exclude.split(','),
-                           skip_unprofitable=skip_unprofitable, round_to=round_to)
-        return _run(model, arch, arch_args, weights, out, force, allow_pickle, epochs, finetune_epochs, seed, fc)
+        fc = _mk_fc(rank_ratio, budget, layers, exclude, skip_unprofitable, round_to)
+        return _run(model, arch, arch_args, weights, out, force, allow_pickle, epochs, finetune_epochs, seed, fc, checkpoint)
     except (ValueError, OSError) as e:
         if not is_cli(fasterai_decompose): raise
-        sys.stderr.write(f'fasterai_decompose: {e}\n')
+        sys.stderr.write(f'fasterai_decompose: {e}\n'.replace('overwrite=True', '--force'))
         return 2

@@ -484,14 +484,13 @@ def write_atomic(
 
 # %% ../../nbs/lowrank/plan.ipynb #6348113e
 @patch
-def save(self:DecompositionPlan, 
-    path: str|os.PathLike,   # file to write
+def to_json(self:DecompositionPlan, 
     *,
-    overwrite: bool = False, # replace an existing file?
-) -> Path:
-    "Write the plan as JSON"
-    return write_atomic(path, json.dumps(dict(type=_TYPE, version=_VERSION, policy=self.policy, params=self.params, note=self.note, sensitivity=self.sensitivity,
-        layers=[asdict(o) for o in self.layers]), ensure_ascii=False, indent=1), overwrite=overwrite)
+    indent: int|None = None, # spaces per level; None for one line
+) -> str:
+    "The plan as JSON"
+    return json.dumps(dict(type=_TYPE, version=_VERSION, policy=self.policy, params=self.params, note=self.note, sensitivity=self.sensitivity,
+        layers=[asdict(o) for o in self.layers]), ensure_ascii=False, indent=indent)
 
 def _row(d):
     "One layer from JSON, checked"
@@ -501,16 +500,37 @@ def _row(d):
     return o
 
 @patch(cls_method=True)
+def from_json(cls:DecompositionPlan, 
+    text: str,                  # made by `to_json`
+    *,
+    where: str = 'the text',    # where it was found, for the error
+) -> DecompositionPlan:
+    "A plan from JSON, checked"
+    try: d = json.loads(text)
+    except json.JSONDecodeError as e: raise ValueError(f'{where} is not a plan: not valid JSON ({e}).') from None
+    if not isinstance(d, dict) or d.get('type') != _TYPE: raise ValueError(f'{where} is not a plan: its type is not {_TYPE!r}.')
+    if d.get('version') != _VERSION: raise ValueError(f'{where} has plan version {d.get("version")!r}, this fasterai reads {_VERSION}.')
+    try: return cls(tuple(map(_row, d['layers'])), d['policy'], d['params'], d.get('note', ''), d.get('sensitivity', ''))
+    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{where} is a damaged plan: {e}.') from None
+
+# %% ../../nbs/lowrank/plan.ipynb #f0cacb37
+@patch
+def save(self:DecompositionPlan, 
+    path: str|os.PathLike,   # file to write
+    *,
+    overwrite: bool = False, # replace an existing file?
+) -> Path:
+    "Write the plan as JSON"
+    return write_atomic(path, self.to_json(indent=1), overwrite=overwrite)
+
+@patch(cls_method=True)
 def load(cls:DecompositionPlan, 
     path: str|os.PathLike,   # file written by `save`
 ) -> DecompositionPlan:
     "Read a plan"
-    try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not a plan: not valid JSON ({e}).') from None
-    if not isinstance(d, dict) or d.get('type') != _TYPE: raise ValueError(f'{path} is not a plan: its type is not {_TYPE!r}.')
-    if d.get('version') != _VERSION: raise ValueError(f'{path} has plan version {d.get("version")!r}, this fasterai reads {_VERSION}.')
-    try: return cls(tuple(map(_row, d['layers'])), d['policy'], d['params'], d.get('note', ''), d.get('sensitivity', ''))
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} is a damaged plan: {e}.') from None
+    try: text = Path(path).read_text(encoding='utf-8')
+    except UnicodeDecodeError as e: raise ValueError(f'{path} is not a plan: not valid JSON ({e}).') from None
+    return cls.from_json(text, where=str(path))
 
 # %% ../../nbs/lowrank/plan.ipynb #38d36766
 @patch

@@ -8,4 +8,5 @@ from fasterai.lowrank.plan import *
 from fasterai.misc.fc_decomposer import *
 from fasterai.lowrank.report import *
 from fasterai.lowrank.learner import *
+from fasterai.lowrank.checkpoint import *
 from fasterai.lowrank.cli import *
