@@ -224,7 +224,8 @@ def _report(results, aligned, opts, threads, took):
     gpu = f'; {torch.cuda.get_device_name()}' if torch.cuda.is_available() else '; no GPU'
     return checks, '\n'.join([f'# Latency: fasterai {fasterai.__version__}', '', f'`python benchmarks/latency.py{opts}`', '',
         f'{_cpu()}, {os.cpu_count()} cores, {threads} thread{"s"[:threads > 1]}{gpu}; {platform.system()}, Python {platform.python_version()}, {_versions()}. '
-        f'float32, random weights, {took/60:.0f} minutes. Medians of turns in which dense and decomposed models take their place one after the other.', '',
+        f'float32, random weights, {took/60:.0f} minutes. Medians of turns in which dense and decomposed '
+        'models take their place one after the other: compare within a row. Rows were measured minutes apart, on a machine that may have had other work.', '',
         *[l for n in models for l in _model_table(by[n], results)], *_align_table(aligned),
         '## Targets', '', *[f'- {"met" if ok else "**missed**"}: {s}' for ok,s in checks], ''])
 

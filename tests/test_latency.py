@@ -193,12 +193,12 @@ def test_time_goes_where_it_buys_most():
 def test_ratio_one_keeps_all_dense():
     ls = [layer(64, 64, 0), layer(96, 96, 1)]
     s = ParamBudget(1, cost=table(ls, [{0: .3, 8: .1}, {0: .7, 8: .1}])).solve(ls)
-    assert set(s.ranks.values()) == {None} and s.error == 0 and s.cost == s.budget and str(s) == '1 of 1 ms used (100.0%)'
+    assert set(s.ranks.values()) == {None} and s.error == 0 and s.cost == s.budget and str(s) == '1.00 of 1.00 ms used (100.0%)'
 
 def test_too_tight_says_what_is_needed():
     ls = [layer(64, 64, 0), layer(96, 96, 1)]
     tab = table(ls, [{0: 1., 8: 2.}, {0: 1., 8: .25}])
-    with pytest.raises(ValueError, match=r"allows 1 ms, but these 2 layers need at least 1.25.*1 of 2 layers have no faster pair.*Raise the budget"):
+    with pytest.raises(ValueError, match=r"allows 1.00 ms, but these 2 layers need at least 1.25.*1 of 2 layers have no faster pair.*Raise the budget"):
         ParamBudget(.5, cost=tab).solve(ls)
 
 def test_arguments_of_the_policy():
@@ -218,7 +218,7 @@ def test_a_plan_measures_once_and_says_milliseconds(counted):
     m,p = net(),ParamBudget(.6, cost='latency')
     plan = FC_Decomposer(policy=p).plan(m, data())
     assert len(counted) == 3 and len(p.cost.times) == 3      # two of the four layers have one shape; ranks and note ask once each
-    assert ' ms used' in plan.note and 'of 2.4 ms used' in plan.title and plan.policy == "ParamBudget(0.6, cost='latency')"
+    assert ' ms used' in plan.note and 'of 2.40 ms used' in plan.title and plan.policy == "ParamBudget(0.6, cost='latency')"
     assert plan.replaced and all(o.rank <= o.break_even for o in plan.replaced)
     for r in (.8, .7): plan.replan(replace(p, ratio=r))
     assert len(counted) == 3

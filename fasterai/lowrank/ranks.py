@@ -276,7 +276,7 @@ class BudgetSolution:
         gap = '' if self.error <= 0 else f', total error within {max(0., (self.error/self.bound)**.5 - 1) if self.bound > 0 else math.inf:.2%} of the least possible'
         return f'{_amount(self.cost, self.unit)} of {_amount(self.budget, self.unit)} {self.unit} used ({self.cost/self.budget:.1%}){gap}'
 
-def _amount(x, unit): return f'{x:.3g}' if unit == 'ms' and x < 100 else f'{x:,.0f}'
+def _amount(x, unit): return f'{x:#.3g}' if unit == 'ms' and x < 99.5 else f'{x:,.0f}'
 
 # %% ../../nbs/lowrank/ranks.ipynb #a68877cb
 @patch
