@@ -88,6 +88,11 @@ def test_measured_once_per_shape(counted):
     assert counted == [(64, 96, 2, 'float32', 'cpu'), (96, 64, 2, 'float32', 'cpu'), (64, 96, 14, 'float32', 'cpu'), (64, 96, 2, 'bfloat16', 'cpu')]
     assert t.measure(ls) is t and len(counted) == 4 and len(t.times) == 4
 
+def test_processes_use_the_times_of_the_first(counted, monkeypatch):
+    monkeypatch.setattr(latency, 'gathered', lambda ms: [{0: 7., 8: 2.}, ms])
+    o = layer(64, 96)
+    assert LatencyTable().measure([o]).times == {key(o): {0: 7., 8: 2.}}
+
 def test_tables_do_not_share(counted):
     LatencyTable().measure([layer(64, 96)])
     assert LatencyTable().times == {} and ParamBudget(.5, cost='latency').cost.times == {}

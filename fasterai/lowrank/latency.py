@@ -13,6 +13,7 @@ from numbers import Integral, Real
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from torch import nn
+from ..core.distributed import agreed, gathered
 
 # %% ../../nbs/lowrank/latency.ipynb #2956cd00
 def _latencies(
@@ -88,8 +89,10 @@ def measure(self:LatencyTable,
     "Measure all shapes of `layers` that are not known yet: each takes about a second, large ones about as long as twenty passes through the layer"
     for key,o in {self.key(o): o for o in layers}.items():
         if key in self.times: continue
-        _check_device(key[-1], repr(o.name))
-        self.times[key] = _time_layer(*key, _grid(o.break_even))
+        with agreed():
+            _check_device(key[-1], repr(o.name))
+            ms = _time_layer(*key, _grid(o.break_even))
+        self.times[key] = gathered(ms)[0]   # one process's, so that all choose the same ranks
     return self
 
 # %% ../../nbs/lowrank/latency.ipynb #59cbb34a
