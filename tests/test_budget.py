@@ -204,7 +204,7 @@ def test_exactly_the_least_budget_is_enough():
 @pytest.mark.parametrize('args,kw,kind,text', [((), {}, ValueError, 'ratio, such as ParamBudget'), ((.3,), dict(params=5), ValueError, 'either a ratio'),
     ((0,), {}, ValueError, r'ratio must be in \(0, 1\], got 0. To keep 30 % pass 0.3'), ((30,), {}, ValueError, 'got 30'), (('a',), {}, TypeError, "got 'a'"),
     ((True,), {}, TypeError, 'True'), ((float('nan'),), {}, ValueError, 'nan'), ((), dict(params=0), ValueError, 'at least 1, got 0'), ((), dict(params=1.5), TypeError, 'int'),
-    ((), dict(params=9, cost='macs'), ValueError, 'pass a ratio'), ((.3,), dict(cost='flops'), ValueError, "'params', 'macs' or 'bytes', got 'flops'"),
+    ((), dict(params=9, cost='macs'), ValueError, 'pass a ratio'), ((.3,), dict(cost='flops'), ValueError, "'latency' or a LatencyTable, got 'flops'"),
     ((.3,), dict(round_to=0), ValueError, 'round_to must be an int of at least 1, got 0'), ((.3,), dict(round_to=1.), ValueError, 'got 1.0')])
 def test_arguments_are_checked(args, kw, kind, text):
     with pytest.raises(kind, match=text): ParamBudget(*args, **kw)

@@ -24,6 +24,7 @@ from torch import nn
 from ..core.modules import _warn_user, copy_with, is_pair
 from ..core.batches import _Bar, _rng_kept, _seed, Batches, left_as_found, model_args
 from .calibrate import _outputs
+from .latency import LatencyTable
 from .plan import DecompositionPlan, make_plan
 from .ranks import ParamBudget, RankRatio
 from .report import plot_tradeoff
@@ -166,7 +167,7 @@ def rank_find(
     metric: str = 'metric',                 # its name, for the plot
     ratios: Sequence[float] = RATIOS,       # budgets to try, as shares of the parameters of the fully-connected layers
     refine: int = 2,                        # further budgets between the last good and the first bad one
-    cost: Literal['params','macs','bytes'] = 'params', # what the budgets count
+    cost: Literal['params','macs','bytes','latency']|LatencyTable = 'params', # what the budgets count, see `ParamBudget`
     n_batches: int|None = None,             # calibration batches, None for all
     sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # see `FC_Decomposer.plan`
     layers: str|Iterable[str]|None = None,  # only these layers
@@ -175,6 +176,7 @@ def rank_find(
 ) -> RankSuggestion:
     "The smallest budget at which `evaluate` loses no more than `max_drop`, and the curve"
     if max_drop < 0: raise ValueError(f'max_drop must not be negative, got {max_drop}. It is in units of the metric: 0.01 is one point of accuracy.')
+    cost = ParamBudget(1., cost=cost).cost          # one table of latencies for all budgets
     for r in ratios: ParamBudget(r, cost=cost)      # wrong ones show before the work begins
     dense = float(evaluate(model))
     def good(v): return v >= dense - max_drop - 1e-9 if higher_is_better else v <= dense + max_drop + 1e-9
@@ -237,7 +239,7 @@ def rank_find(self:Learner,
     show_plot: bool = True,
     ratios: Sequence[float] = RATIOS,       # budgets to try, as shares of the parameters of the fully-connected layers
     refine: int = 2,                        # further budgets between the last good and the first bad one
-    cost: Literal['params','macs','bytes'] = 'params', # what the budgets count
+    cost: Literal['params','macs','bytes','latency']|LatencyTable = 'params', # what the budgets count, see `ParamBudget`
     n_batches: int|None = None,             # calibration batches, None for all
     sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # see `FC_Decomposer.plan`
     layers: str|Iterable[str]|None = None,  # only these layers

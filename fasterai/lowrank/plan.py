@@ -282,7 +282,8 @@ def _row_of(s: LinearSite, spec, st, basis):
     w = getattr(s.module, 'weight', None)
     return LayerPlan(s.name, s.in_features, s.out_features, spec, s.names[1:], kind=s.kind,
         bias=getattr(s.module, 'bias', None) is not None, readable=s.reader is not None, can=s.reason is None,
-        itemsize=w.element_size() if s.reason is None else 4, **({} if basis is None else dict(calibrated=True, weighted=basis.weighted,
+        **({} if s.reason else dict(itemsize=w.element_size(), dtype=str(w.dtype).removeprefix('torch.'), device=str(w.device))),
+        **({} if basis is None else dict(calibrated=True, weighted=basis.weighted,
         positions=round(st.positions, 6), errors=basis.errors and _digits(basis.errors))))
 
 def _decide(row, s, left_out, rank, zero, skip_unprofitable, round_to, stats):

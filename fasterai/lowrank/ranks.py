@@ -17,6 +17,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from ..core.modules import match_name, select
 from .factorize import break_even
+from .latency import LatencyTable
 
 # %% ../../nbs/lowrank/ranks.ipynb #b120e46e
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Layer:
     weighted: bool = field(default=False, kw_only=True) # are squared singular values shares of the model's output error?
     positions: float = field(default=1., kw_only=True)  # rows per item of a batch: tokens, pixels
     itemsize: int = field(default=4, kw_only=True)      # bytes per parameter
+    dtype: str = field(default='float32', kw_only=True) # of the weight
+    device: str = field(default='cpu', kw_only=True, compare=False) # where it was when the layer was looked at
 
     @property
     def names(self) -> tuple[str,...]: return (self.name, *self.aliases)
@@ -143,7 +146,8 @@ def _check_budget(ratio, params, cost, round_to):
     elif isinstance(params, bool) or not isinstance(params, Integral): raise TypeError(f'params must be an int, got {params!r} ({type(params).__name__}).')
     elif params < 1: raise ValueError(f'params must be at least 1, got {params}.')
     if params is not None and cost != 'params': raise ValueError(f"params= counts parameters; with cost={cost!r} pass a ratio.")
-    if cost not in ('params','macs','bytes'): raise ValueError(f"cost must be 'params', 'macs' or 'bytes', got {cost!r}.")
+    if not isinstance(cost, LatencyTable) and cost not in ('params','macs','bytes'):
+        raise ValueError(f"cost must be 'params', 'macs', 'bytes', 'latency' or a LatencyTable, got {cost!r}.")
     if isinstance(round_to, bool) or not isinstance(round_to, Integral) or round_to < 1:
         raise ValueError(f'round_to must be an int of at least 1, got {round_to!r}.')
 
@@ -152,28 +156,40 @@ class ParamBudget(Policy):
     "Ranks of least total error under a total cost of the weights; no layer grows"
     ratio: float|None = None                                   # share of the cost of these layers' dense weights, in (0, 1]
     params: int|None = field(default=None, kw_only=True)       # in place of `ratio`: parameters of all these layers together
-    cost: Literal['params','macs','bytes'] = field(default='params', kw_only=True)  # what is limited
+    cost: Literal['params','macs','bytes','latency']|LatencyTable = field(default='params', kw_only=True)  # what is limited; 'latency' is `LatencyTable()`: batch size 1
     round_to: int = field(default=8, kw_only=True)             # ranks in multiples of this; any rank for a layer that gets smaller at fewer than four of them
     wants_sensitivity = True
-    def __post_init__(self): _check_budget(self.ratio, self.params, self.cost, self.round_to)
+    def __post_init__(self):
+        if self.cost == 'latency': object.__setattr__(self, 'cost', LatencyTable())     # one table for all that this policy is asked
+        _check_budget(self.ratio, self.params, self.cost, self.round_to)
     def __repr__(self):
         what = self.ratio if self.params is None else f'params={self.params:,}'
-        return f'ParamBudget({what}' + (f', cost={self.cost!r}' if self.cost != 'params' else '') + (
+        cost = "'latency'" if str(self.cost) == 'LatencyTable()' else self.cost if self.by_latency else repr(self.cost)
+        return f'ParamBudget({what}' + (f', cost={cost}' if self.cost != 'params' else '') + (
             f', round_to={self.round_to}' if self.round_to != 8 else '') + ')'
+    @property
+    def by_latency(self) -> bool: return isinstance(self.cost, LatencyTable)
     def ranks(self, layers): return self.solve(layers).ranks if layers else {}
-    def note(self, layers): return str(self.solve(layers)) if layers else ''
+    def note(self, layers): return str(self.solve(layers)) + self._slow(layers) if layers else ''
+    def _slow(self, layers):
+        "What there is to say about layers that no pair is faster than"
+        n = self.by_latency and sum(len(self.candidates(o)) == 0 for o in layers)
+        return f', {n} of {len(layers)} layers have no faster pair' if n else ''
 
 # %% ../../nbs/lowrank/ranks.ipynb #ea50ad9b
 @patch
-def unit(self:ParamBudget, o: Layer) -> float:
-    "Cost of one parameter of layer `o`"
-    return {'params': 1, 'macs': o.positions, 'bytes': o.itemsize}[self.cost]
+def costs(self:ParamBudget, o: Layer, ks: np.ndarray) -> np.ndarray:
+    "Cost of layer `o` at each of the ranks `ks`, 0 for dense"
+    if self.by_latency: return self.cost.ms(o, ks)
+    unit = {'params': 1, 'macs': o.positions, 'bytes': o.itemsize}[self.cost]
+    return np.where(ks == 0, o.weight_params, ks*float(o.in_features+o.out_features))*unit
 
 @patch
 def candidates(self:ParamBudget, o: Layer) -> np.ndarray:
-    "Ranks that make layer `o` smaller; the step is `round_to` where at least four such steps fit"
+    "Ranks that make layer `o` smaller (and faster, for a budget of latency); the step is `round_to` where at least four such steps fit"
     step = self.round_to if o.break_even >= 4*self.round_to else 1
-    return np.arange(step, min(o.break_even, o.max_rank)+1, step)
+    ks = np.arange(step, min(o.break_even, o.max_rank)+1, step)
+    return ks[self.cost.faster(o, ks)] if self.by_latency else ks
 
 def _choices(self, layers):
     "For each layer: ranks (dense last, as 0), costs, squared errors"
@@ -181,10 +197,10 @@ def _choices(self, layers):
     most = max([t for o,t in zip(layers, totals) if o.weighted], default=1.)
     res = []
     for o,t in zip(layers, totals):
-        ks,u = self.candidates(o),self.unit(o)
+        ks = np.append(self.candidates(o), 0)
         left = np.append(np.square(np.asarray(o.spectrum, dtype=float))[::-1].cumsum()[::-1], 0.)
         if not o.weighted: left = left/(t or 1.)*most     # no sensitivity: as if it mattered as much as the layer that matters most
-        res.append((np.append(ks, 0), np.append(ks*float(o.in_features+o.out_features), o.weight_params)*u, np.append(left[ks], 0.)))
+        res.append((ks, self.costs(o, ks), np.where(ks == 0, 0., left[ks])))
     return res
 
 # %% ../../nbs/lowrank/ranks.ipynb #ae598806
@@ -216,9 +232,9 @@ def _fill(choices, picked, budget):
     def best(l):
         _,c,e = choices[l]
         extra,gain = c - c[picked[l]],e[picked[l]] - e
-        ok = (extra > 0) & (extra <= left) & (gain > 0)
+        ok = (extra <= left) & (gain > 0)
         if not ok.any(): return -1., 0
-        rate = np.where(ok, gain/np.where(ok, extra, 1), -1.)
+        rate = np.where(ok, gain/np.maximum(extra, 1e-9*budget), -1.)     # times can be equal: what costs nothing more comes first
         return rate.max(), int(rate.argmax())
     while True:
         rate,i,l = max((*best(l), l) for l in range(len(choices)))
@@ -258,7 +274,9 @@ class BudgetSolution:
     unit: str = 'params'
     def __str__(self):
         gap = '' if self.error <= 0 else f', total error within {max(0., (self.error/self.bound)**.5 - 1) if self.bound > 0 else math.inf:.2%} of the least possible'
-        return f'{self.cost:,.0f} of {self.budget:,.0f} {self.unit} used ({self.cost/self.budget:.1%}){gap}'
+        return f'{_amount(self.cost, self.unit)} of {_amount(self.budget, self.unit)} {self.unit} used ({self.cost/self.budget:.1%}){gap}'
+
+def _amount(x, unit): return f'{x:#.3g}' if unit == 'ms' and x < 99.5 else f'{x:,.0f}'
 
 # %% ../../nbs/lowrank/ranks.ipynb #a68877cb
 @patch
@@ -266,19 +284,19 @@ def solve(self:ParamBudget, layers: Sequence[Layer]) -> BudgetSolution:
     "The ranks, with a certificate"
     for o in layers:
         if o.spectrum is None: raise ValueError(f'ParamBudget needs the singular values of {o.name!r}; its weight holds no data (meta device).')
-    choices = _choices(self, layers)
+    choices,unit = _choices(self, layers),'ms' if self.by_latency else self.cost
     budget = float(self.params) if self.params is not None else self.ratio*sum(o[1][-1] for o in choices)
     least = sum(o[1].min() for o in choices)
     if least > budget:
-        raise ValueError(f'{self!r} allows {budget:,.0f} {self.cost}, but these {len(layers)} layers need at least {least:,.0f} (ranks in steps of '
-                         f'{self.round_to}). Raise the budget, pass a smaller round_to, or leave layers out with exclude=.')
+        raise ValueError(f'{self!r} allows {_amount(budget, unit)} {unit}, but these {len(layers)} layers need at least {_amount(least, unit)} (ranks in '
+            f'steps of {self.round_to}{self._slow(layers)}). Raise the budget, pass a smaller round_to, or leave layers out with exclude=.')
     bound,priced = _bound(choices, budget)
     tries = [_fill(choices, p, budget) for p in (_knapsack(choices, budget), priced) if p is not None]
     cost,err = ([sum(o[j][i] for o,i in zip(choices, p)) for p in tries] for j in (1, 2))
     if not tries: raise ValueError(f'{self!r} is too tight for {len(layers)} layers: raise the budget.')
     i = min(range(len(tries)), key=lambda i: err[i])
     ranks = {o.name: int(c[0][j]) or None for o,c,j in zip(layers, choices, tries[i])}
-    return BudgetSolution(ranks, cost[i], budget, err[i], max(0., bound), self.cost)
+    return BudgetSolution(ranks, cost[i], budget, err[i], max(0., bound), unit)
 
 # %% ../../nbs/lowrank/ranks.ipynb #2da7bcbd
 def mk_policy(

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.modules import _double, count_params, is_pair
 from ..core.batches import _Bar, _rng_kept, Batches, left_as_found, model_args
 from .calibrate import _Collector, _Moments, _hooked, _outputs, _rows
+from .latency import _latencies
 from .plan import DecompositionPlan, make_plan
 
 # %% ../../nbs/lowrank/report.ipynb #ce75d22f
@@ -50,19 +51,6 @@ def _macs(model, call):
     "Multiply-adds of `call()`"
     with _countable(model), FlopCounterMode(display=False) as counter: call()
     return counter.get_total_flops()//2
-
-# %% ../../nbs/lowrank/report.ipynb #c9edaa55
-def _latencies(
-    calls: list[Callable],  # of no arguments
-    seconds: float = 0.1,   # time of one turn of one call
-) -> list[float]:           # ms
-    "Median time of each call"
-    from torch.utils.benchmark import Timer     # here, as it looks for a compiler when it is imported
-    timers = [Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads()) for f in calls]
-    times = [[] for _ in calls]
-    for _ in range(3):
-        for t,o in zip(timers, times): o += t.blocked_autorange(min_run_time=seconds).times
-    return [float(np.median(o))*1e3 for o in times]
 
 # %% ../../nbs/lowrank/report.ipynb #74e75dd2
 def _squares(

@@ -3,6 +3,7 @@ from fasterai.core.modules import *
 from fasterai.core.batches import *
 from fasterai.lowrank.calibrate import *
 from fasterai.lowrank.factorize import *
+from fasterai.lowrank.latency import *
 from fasterai.lowrank.ranks import *
 from fasterai.lowrank.plan import *
 from fasterai.misc.fc_decomposer import *
