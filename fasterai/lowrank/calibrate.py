@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from ..core.modules import _atomic, _double, find_linears, select
 from ..core.batches import run_batches
@@ -400,6 +401,7 @@ def calibrate(
 
 def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, seed=0):
     col,n,place = _Collector(sites, sensitivity, None if loss else seed),0,world()
+    if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait for each other
     with agreed():
         if any(p.is_meta for p in model.parameters()): raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
         runs = run_batches(model, data, n_batches=n_batches, grad=bool(sensitivity), progress=None if place[0] else 'calibrate', place=place)
@@ -415,7 +417,7 @@ def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, se
     col.pool()
     return _finish(col, n)
 
-# %% ../../nbs/lowrank/calibrate.ipynb #a1294dce
+# %% ../../nbs/lowrank/calibrate.ipynb #dcafd241
 def _pooled(parts: dict, device) -> dict:
     "Moments of the rows of all ranks, for every key that one of them has"
     heads = gathered({k: (m.n, (m.want, m.centred, m.sketch), None if m.shift is None else m.shift.cpu()) for k,m in parts.items()})
