@@ -241,7 +241,7 @@ def test_a_model_gets_the_size_that_was_asked_for(given_, ratio):
     m = net()
     plan = FC_Decomposer(policy=ParamBudget(ratio)).plan(m, given_)
     small = plan.apply(m)
-    assert .95*ratio*weights(m) <= weights(small) <= ratio*weights(m)
+    assert ratio*weights(m) - 110 < weights(small) <= ratio*weights(m)      # one more rank of the largest layer would not fit
     assert plan.params_after == sum(p.numel() for p in small.parameters())
     assert 'params used' in plan.note and 'params used' in repr(plan)
     assert all(o.weighted is (given_ is not None) for o in plan.layers)

@@ -512,7 +512,8 @@ def test_the_direction_of_another_metric_is_asked_for():
 
 def test_a_direction_that_is_given_counts():
     res = find(learner(), higher_is_better=False, max_drop=0.)     # smaller accuracy is fine
-    assert res.higher_is_better is False and res.frame.ok.iloc[-1] and res.ratio == res.frame[res.frame.ok].ratio.min()
+    f = res.frame
+    assert res.higher_is_better is False and list(f.ok) == list(f.metric <= res.dense + 1e-9) and f.ok.any() and res.ratio == f[f.ok].ratio.min()
 
 @pytest.mark.parametrize('metric', ['error_rate', error_rate])
 def test_a_metric_by_name_or_function(metric):
