@@ -11,7 +11,7 @@ from fastcore.script import call_parse, store_true
 from torch import nn
 import fasterai
 from fasterai.lowrank.latency import _time_layer
-from fasterai.misc.all import FC_Decomposer, LatencyTable, ParamBudget
+from fasterai.misc.all import FC_Decomposer, LatencyTable, Layer, ParamBudget
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from decompose import _cpu
 from quality import _log, _md
@@ -45,7 +45,7 @@ def _bert(depth, **kw):
 def _small(depth): return _bert(2, hidden_size=256, num_attention_heads=4, intermediate_size=1024, vocab_size=1000)
 
 # model -> (how to build it, what it is)
-FULL = {'VGG16-bn': (_vgg, '32×32 pixels, the stock classifier of 123 million weights: fully-connected layers dominate'),
+FULL = {'VGG16-bn': (_vgg, '32×32 pixels; 124 of its 138 million weights are in fully-connected layers, 28 % of its multiplications'),
         'ViT-S/16': (_vit, '224×224 pixels, 197 tokens, {depth} of its 12 equal blocks'),
         'BERT-base': (_bert, '32 tokens, {depth} of its 12 equal layers')}
 QUICK = {'small encoder': (_small, 'width 256, 2 layers, 32 tokens')}
@@ -173,7 +173,18 @@ def alignment(rows, dtype, device, shapes=SHAPES, centres=(64, 128, 256)):
             ks = [c, c-16, c+16, c-8, c+8, c-3, c-1, c+1, c+3]
             ms = _time_layer(n, m, rows, dtype, device, ks, seconds=.02)
             for k in ks: rel[_kind(k)].append(ms[k]/k/(ms[c]/c))
-        res[n, m] = {s: statistics.mean(v) for s,v in rel.items()}
+        res[n, m] = {s: statistics.median(v) for s,v in rel.items()}
+    return res
+
+WIDTHS = 32, 64, 128, 256, 512, 1024
+
+def reach(rows, dtype, device):
+    "Width of a square layer -> the largest rank whose pair is faster, as a share of the break-even rank; 0 where none is"
+    res,table = {},LatencyTable(rows)
+    for n in WIDTHS:
+        o = Layer('', n, n, dtype=dtype, device=device)
+        ks = range(1, o.break_even+1)
+        res[n] = max((k for k,ok in zip(ks, table.faster(o, ks)) if ok), default=0)/o.break_even
     return res
 
 # Report
@@ -212,17 +223,21 @@ def _model_table(model, results):
     return [f'## {model.name}', '', f'{model.what[:1].upper()}{model.what[1:]}. {n/1e6:.1f} million parameters, {small/1e6:.1f} million at a quarter of the singular values.', '',
             *_md(['device', 'batch', 'backend', 'dense, ms', 'ratio ¼, ms', 'of dense', 'latency budget, ms', 'of dense', 'pairs', 'budget'], rows, 7), '']
 
-def _align_table(aligned):
-    rows = [[device, dtype, f'{n}→{m}', r, *(f'{o[s]:.2f}' for s in STEPS)] for (device,dtype,r),res in aligned.items() for (n,m),o in res.items()]
-    return ['## Aligned ranks', '', 'Time of a pair per unit of rank, relative to the multiple of 64 beside it (64, 128, 256; neighbours 1, 3, 8 and 16 away); mean.', '',
-            *_md(['device', 'dtype', 'layer', 'rows', 'multiple of 64', 'of 16', 'of 8', 'not of 8'], rows, 5), '']
+def _layer_tables(layers):
+    "Single layers: aligned ranks, and where no pair helps"
+    rows = [[device, dtype, f'{n}→{m}', r, *(f'{o[s]:.2f}' for s in STEPS)] for (device,dtype,r),(res,_) in layers.items() for (n,m),o in res.items()]
+    far = [[device, dtype, r, *(f'{v:.0%}' if v else 'none' for v in res.values())] for (device,dtype,r),(_,res) in layers.items()]
+    return ['## Aligned ranks', '', 'Time of a pair per unit of rank, relative to the multiple of 64 beside it (64, 128, 256; neighbours 1, 3, 8 and 16 away); median.', '',
+            *_md(['device', 'dtype', 'layer', 'rows', 'multiple of 64', 'of 16', 'of 8', 'not of 8'], rows, 5), '',
+            '## Where pairs are faster', '', 'Square layers: the largest rank whose pair is at least 5 % faster than the layer, as a share of the break-even rank.', '',
+            *_md(['device', 'dtype', 'rows', *(f'width {n}' for n in WIDTHS)], far, 7), '']
 
 def _versions():
     from importlib.metadata import version
     res = [f'{n} {version(n)}' for n,m in (('torch', 'torch'), ('onnx', 'onnx'), ('onnxruntime', 'onnxruntime')) if importlib.util.find_spec(m)]
     return ', '.join(res)
 
-def _report(results, aligned, opts, threads, took):
+def _report(results, layers, opts, threads, took):
     checks,models = [*_checks(results)],list(dict.fromkeys(m.name for m,_,_ in results))
     by = {m.name: m for m,_,_ in results}
     gpu = f'; {torch.cuda.get_device_name()}' if torch.cuda.is_available() else '; no GPU'
@@ -231,12 +246,13 @@ def _report(results, aligned, opts, threads, took):
         f'float32, random weights, {took/60:.0f} minutes. Medians of turns in which dense and decomposed '
         'models take their place one after the other: compare within a row. Rows were measured minutes apart, on a machine that may have had other work.'
         + ' Times of models on the CPU are processor time: the same as latency on an idle core.'*(threads == 1), '',
-        *[l for n in models for l in _model_table(by[n], results)], *_align_table(aligned),
+        *[l for n in models for l in _model_table(by[n], results)], *_layer_tables(layers),
         '## Targets', '', *[f'- {"met" if ok else "**missed**"}: {s}' for ok,s in checks], ''])
 
 @call_parse
 def main(
     quick: store_true, # one small model, in about two minutes
+    layers: store_true, # measure single layers alone, and print the tables of ranks
     threads: int = 1,  # threads of torch and of ONNX Runtime
     depth: int = 2,    # blocks of the transformers, of 12
     seconds: float = 3., # of turns for each model, batch and backend, at least three turns
@@ -248,17 +264,20 @@ def main(
     logging.getLogger('torch').setLevel(logging.ERROR)
     if (lost := [v for k,v in NEEDS.items() if importlib.util.find_spec(k) is None]):
         _log(f'without ONNX Runtime: pip install {" ".join(lost)}')
-    start,results,aligned = time.perf_counter(),{},{}
+    start,results,single = time.perf_counter(),{},{}
     for device in ['cpu'] + ['cuda']*torch.cuda.is_available():
         for dtype in ['float32'] + ['float16']*(device == 'cuda'):
             for rows in (1, 256) if quick else (1, 32, 256):
-                aligned[device, dtype, rows] = alignment(rows, dtype, device, **(dict(shapes=[(768, 768)], centres=(64, 128)) if quick else {}))
+                small = dict(shapes=[(768, 768)], centres=(64, 128)) if quick else {}
+                single[device, dtype, rows] = alignment(rows, dtype, device, **small),reach(rows, dtype, device)
+        if layers: continue
         for name in (QUICK if quick else FULL):
             model = _build(name, depth, device)
             for batch in (1, 32) if quick else (1, 32, 256): results[model, device, batch] = measure(model, batch, device, seconds)
             model.dense = None      # half a gigabyte
+    if layers: return print('\n'.join(_layer_tables(single)))
     opts = f'{" --quick" if quick else ""} --threads {threads}' + (f' --depth {depth}' if depth != 2 else '')
-    checks,text = _report(results, aligned, opts, threads, time.perf_counter() - start)
+    checks,text = _report(results, single, opts, threads, time.perf_counter() - start)
     print(text)
     if out: Path(out).write_text(text, encoding='utf-8')
     sys.exit(not all(ok for ok,_ in checks))
