@@ -442,8 +442,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fasterai/lowrank/factorize.py'),
                                             'fasterai.lowrank.factorize._lower_gram': ( 'lowrank/factorize.html#_lower_gram',
                                                                                         'fasterai/lowrank/factorize.py'),
-                                            'fasterai.lowrank.factorize._mm': ( 'lowrank/factorize.html#_mm',
-                                                                                'fasterai/lowrank/factorize.py'),
                                             'fasterai.lowrank.factorize._on_cpu': ( 'lowrank/factorize.html#_on_cpu',
                                                                                     'fasterai/lowrank/factorize.py'),
                                             'fasterai.lowrank.factorize._out_root': ( 'lowrank/factorize.html#_out_root',

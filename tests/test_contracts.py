@@ -1023,23 +1023,23 @@ def fails(*args, **kw): raise torch.linalg.LinAlgError('did not converge')
 
 TOP = factorize_module._top
 
-def rubbish_top(G, k): return torch.linspace(1, 0, len(G), dtype=G.dtype),torch.linalg.qr(1 + torch.eye(len(G), dtype=G.dtype)).Q[:,:k]
+def rubbish_top(G, k, *_): return torch.linspace(1, 0, len(G), dtype=G.dtype),torch.linalg.qr(1 + torch.eye(len(G), dtype=G.dtype)).Q[:,:k]
 
-def not_orthogonal(G, k):
+def not_orthogonal(G, k, *_):
     e,Q = TOP(G, k)
     return e,Q*1.001
 
-def smallest(G, k):
+def smallest(G, k, *_):
     e,Q = TOP(G, len(G))
     return e,Q[:,-k:]
 
-def tilted(G, k):
+def tilted(G, k, *_):
     "Orthonormal, and a little beside the best directions"
     e,Q = TOP(G, len(G))
     Q[:,k-1] = .9*Q[:,k-1] + .19**.5*Q[:,-1]
     return e,Q[:,:k]
 
-def nan_top(G, k): return torch.full_like(G[0], float('nan')),torch.full_like(G[:,:k], float('nan'))
+def nan_top(G, k, *_): return torch.full_like(G[0], float('nan')),torch.full_like(G[:,:k], float('nan'))
 
 @pytest.mark.parametrize('top', [fails, rubbish_top, nan_top, not_orthogonal, smallest, tilted], ids=lambda f: f.__name__)
 @pytest.mark.parametrize('m,n', [(300, 320), (320, 300)])

@@ -21,7 +21,6 @@ from .calibrate import LayerStats, _exact_products
 Solver = Literal['auto','gram','svd']
 SVD_BELOW = 256     # 'auto' takes torch.linalg.svd when the smaller side is at most this: it is fast there anyway
 _CHUNK = 2**22      # elements of W converted to another precision at a time
-_BLOCK = 64         # LAPACK's block size, for its work space
 _TOL = 1e-8         # half of the digits of float64 must hold
 
 def pick_solver(
@@ -43,11 +42,6 @@ def _slices(W: torch.Tensor, dtype: torch.dtype = torch.float64) -> Iterator[tor
 def _on_cpu(t): return t.device.type == 'cpu'
 
 def _blas_threads(): return threadpool_limits(torch.get_num_threads(), 'blas')
-
-def _mm(a, b, out):
-    "`a @ b` into `out`"
-    if not _on_cpu(out): torch.mm(a, b, out=out); return
-    with _blas_threads(): np.matmul(a.numpy(), b.numpy(), out=out.numpy())
 
 def _lower_gram(W, dtype):
     "Gram matrix on the smaller side, summed in `dtype`; only the lower triangle is meant"
@@ -72,25 +66,25 @@ def gram(
     return G.tril_() + G.tril(-1).T
 
 # %% ../../nbs/lowrank/factorize.ipynb #7f8fa0e5
-def _top(G, k):
-    "Eigenvalues, largest first, and eigenvectors of the `k` largest, of the matrix whose lower triangle is in `G`; uses `G` up"
+def _top(G, k, room=None):
+    "Eigenvalues, largest first, and eigenvectors of the `k` largest, of the matrix whose lower triangle is in `G`; uses up `G` and `room`, r·k + 1 numbers"
     r = len(G)
     if not _on_cpu(G) or r < 3:
         e,Q = torch.linalg.eigh(G)
         return e.flip(0), Q.flip(1)[:,:k]
-    sytrd,sytrd_lwork,stevd,ormqr = get_lapack_funcs(('sytrd','sytrd_lwork','stevd','ormqr'), dtype=G.numpy().dtype)
+    sytrd,sytrd_lwork,stevd = get_lapack_funcs(('sytrd','sytrd_lwork','stevd'), dtype=G.numpy().dtype)
     with _blas_threads():
         H,d,e,tau,bad = sytrd(G.numpy(), lower=True, lwork=int(sytrd_lwork(r, lower=True)[0]), overwrite_a=True)
         if not bad: d,Z,bad = stevd(d, e, overwrite_d=True, overwrite_e=True)
-        if bad: raise torch.linalg.LinAlgError('LAPACK found no eigenvectors')
-        Q = np.empty((r, k), H.dtype, order='F')
-        Q[:] = Z[:,:-k-1:-1]                # ascending before
-        del Z
-        # reflector i is in column i of H[1:]; read with one row more, these lie in one piece. That row must not count
-        H[0] = 0
-        H = H.ravel('K')[1:1+r*(r-1)].reshape(r, r-1, order='F')
-        Q[1:],_,bad = ormqr('L', 'N', H, tau, Q[1:], lwork=_BLOCK*k)
-    return torch.from_numpy(d[::-1].copy()), torch.from_numpy(Q)
+    if bad: raise torch.linalg.LinAlgError('LAPACK found no eigenvectors')
+    if room is None: room = G.new_empty(r*k + 1)
+    Q,below = (o.view(k, r).T for o in (room[:-1], room[1:]))   # `below` is Q[1:], and the first row of the next column as its last
+    Q.numpy()[:] = Z[:,:-k-1:-1]        # ascending before
+    del Z
+    # In this way Q[1:] and the reflectors in H[1:] lie in one piece, and are not copied. Zeros in the last row of H leave that of Q as it is
+    H[0] = 0
+    torch.ormqr(torch.from_numpy(H).as_strided((r, r-1), (1, r), 1), torch.from_numpy(tau), below, out=below)
+    return torch.from_numpy(d[::-1].copy()), Q
 
 # %% ../../nbs/lowrank/factorize.ipynb #12e4fd78
 def _solve(W, solver, fns: dict[str,Callable], what):
@@ -161,7 +155,7 @@ class Basis:
         with _exact_products(Q.device):
             for c in _slices(self.W, P.dtype):
                 a,b,o = (P.T, c, A[:,start:start+c.shape[1]]) if m <= n else (c.T, P, B[start:start+c.shape[1]])
-                if o.dtype == P.dtype: _mm(a, b, o)
+                if o.dtype == P.dtype: torch.mm(a, b, out=o)
                 else: o.copy_(a @ b)
                 start += c.shape[1]
         c = _balancing(A, B)*sign                           # a sign goes to both sides
@@ -222,9 +216,10 @@ _EXCESS = 2e-6      # of the energy cut off
 
 def _by_gram(W, k, dtype):
     "Basis of `k` directions by a Gram matrix in `dtype`, None where it is out of tolerance"
+    room = torch.empty(min(W.shape)*k + 1, dtype=dtype)     # what stays is allocated before the work space, so that freeing that leaves no holes
     G = _lower_gram(W, dtype)
     trace = G.diagonal().double().sum().cpu()
-    e,Q = _top(G, k)
+    e,Q = _top(G, k, room)
     lam = e.cpu().double().clamp(min=0)
     S,tol = lam.sqrt(),_TOL if dtype == torch.float64 else 1e-4
     orth,fit,excess = _probe(W, Q, S)

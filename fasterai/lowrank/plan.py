@@ -367,7 +367,10 @@ def apply(self:DecompositionPlan,
             sites = [*self._sites(model).values()]
             for s in sites: _check_finite(s)
         bases = self._bases(model, sites, data, n_batches)
-        for s,pair in _divided(sites, 'factors', lambda s: _mk(s, self[s.name], bases.get(s.name)), _tensors, lambda s,o: _filled(s, self[s.name], o)):
+        def empty(s): return _empty(s, self[s.name], s.weight.new_empty)
+        room = {} if inplace else {s: empty(s) for s in sites}  # before all work space: memory not yet written to costs nothing, and no holes are left
+        def take(s): return room.pop(s, None) or empty(s)
+        for s,pair in _divided(sites, 'factors', lambda s: _mk(s, take(s), bases.get(s.name)), _tensors, lambda s,o: _filled(take(s), o)):
             if pair is None: continue
             if inplace: _become(s.module, pair)
             else: new[s.module] = pair
@@ -394,26 +397,25 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
     return {s.name: b for s,b in _divided(want, 'spectra', lambda s: _basis(s, stats[s.name]), _packed, _unpacked) if b is not None}
 
 # %% ../../nbs/lowrank/plan.ipynb #38f8c10f
-def _mk(s, row, basis=None):
-    "The pair for one layer, None (and a warning) where every solver failed"
+def _mk(s, pair, basis=None):
+    "The empty `pair` of one layer, filled; None (and a warning) where every solver failed"
     W = s.weight
-    if W.device.type == 'meta': return _empty(s, row)
+    if W.device.type == 'meta': return pair
     if W.is_inference(): W = W.clone()
-    pair = _empty(s, row, W.new_empty)   # what stays is allocated before the work space, so that freeing that leaves no holes
-    try: basis = factorize(W, rank=row.rank) if basis is None else replace(basis, W=W)
+    k = len(pair[0].weight)
+    try: basis = factorize(W, rank=k) if basis is None else replace(basis, W=W)
     except torch.linalg.LinAlgError as e:
         _warn_user(f'{s.name or "the model"!r} stays dense: {e}.')
         return
-    A,B = basis.pair(row.rank, out=(pair[0].weight.data, pair[1].weight.data))
+    A,B = basis.pair(k, out=(pair[0].weight.data, pair[1].weight.data))
     if pair[1].bias is not None: pair[1].bias.data.copy_(shifted_bias(pair[1].bias.data, basis, A, B))
     return pair
 
 def _tensors(pair): return None if pair is None else [p.data for p in pair.parameters()]
 
-def _filled(s, row, tensors):
-    "The pair for one layer, made of what another rank computed"
+def _filled(pair, tensors):
+    "The empty `pair` of one layer, filled with what another rank computed"
     if tensors is None: return
-    pair = _empty(s, row, s.weight.new_empty)
     for p,t in zip(pair.parameters(), tensors): p.data = t
     return pair
 
