@@ -229,8 +229,6 @@ def _rows(t, keep):
     return t if keep is None else t[keep]
 
 # %% ../../nbs/lowrank/calibrate.ipynb #97f2660c
-MAX_DENSE_SENS = 8192   # a dense H larger than this becomes its diagonal
-
 @patch
 def probe(self:_Collector, s, y):
     "Remember where the gradient at `y` will be; a `y` that nothing before it needs a gradient for starts the graph"
@@ -251,16 +249,7 @@ def backward(self:_Collector, zs, vs=None, scaled=True):
         if g is not None: self._add_grad(s, _rows(g.reshape(shape), keep), scaled)
     self.edges = []
 
-@patch
-@torch.no_grad()
-def _add_grad(self:_Collector, s, g, scaled):
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
-    full = self.sensitivity == 'full' and min(s.in_features, s.out_features) <= MAX_DENSE_SENS
-    key = s.name,scaled
-    if key not in self.sens: self.sens[key] = _Gradients(full)
-    with _exact_products(g.device):
-        self.sens[key].add(g, g @ s.weight.to(g.dtype) if full and s.out_features > s.in_features else g)
-
+# %% ../../nbs/lowrank/calibrate.ipynb #ed19c8d8
 class _Gradients:
     "Running sums of gradients: squares, and products of all pairs or only the diagonal"
     def __init__(self, full): self.total,self.diag,self.G = 0.,0.,_Moments(True, centred=False) if full else None
@@ -277,6 +266,18 @@ class _Gradients:
         self.total,self.G = summed(zeros.new_zeros(()) + self.total),G
         if G is None: self.diag = summed(zeros + self.diag)
         return self
+
+MAX_DENSE_SENS = 8192   # a dense H larger than this becomes its diagonal
+
+@patch
+@torch.no_grad()
+def _add_grad(self:_Collector, s, g, scaled):
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    full = self.sensitivity == 'full' and min(s.in_features, s.out_features) <= MAX_DENSE_SENS
+    key = s.name,scaled
+    if key not in self.sens: self.sens[key] = _Gradients(full)
+    with _exact_products(g.device):
+        self.sens[key].add(g, g @ s.weight.to(g.dtype) if full and s.out_features > s.in_features else g)
 
 # %% ../../nbs/lowrank/calibrate.ipynb #b0dbdf23
 def _outputs(z) -> list[torch.Tensor]:

@@ -236,6 +236,7 @@ def _svd_basis(W):
     Q = U if W.shape[0] <= W.shape[1] else Vh.mH
     return Basis(W, Q, Q, S.cpu(), 'svd') if residual(W, Q, S) <= _TOL else None
 
+# %% ../../nbs/lowrank/factorize.ipynb #b0278332
 @torch.no_grad()
 def factorize(
     W: torch.Tensor,                # weight (m, n), floating point, finite

@@ -141,6 +141,7 @@ def _divided(sites, verb, solve, pack=lambda o: o, unpack=lambda s, o: o):
         got = shared(pack(mine[s.name]) if o == rank else None, o, s.module.weight.device)
         yield s, mine.pop(s.name) if o == rank else unpack(s, got)
 
+# %% ../../nbs/lowrank/plan.ipynb #7e06055d
 def _check_finite(s):
     "Raise for a layer with NaN or Inf; is its weight all zero?"
     w = s.module.weight.detach()
@@ -168,6 +169,7 @@ def _basis(s, stats):
     try: return replace(factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None), W=None)
     except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
 
+# %% ../../nbs/lowrank/plan.ipynb #8fc91838
 def _packed(b): return b if b is None else {f.name: getattr(b, f.name) for f in fields(b)}
 def _unpacked(s, o): return o if o is None else Basis(**o | dict(S=o['S'].cpu()))
 
