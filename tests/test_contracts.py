@@ -1017,7 +1017,7 @@ def test_auto_is_gram_for_large_and_svd_for_small_or_double(m, n):
     assert factorize(W).solver == factorize(W.half()).solver == 'gram64'
     assert factorize(W, rank=9).solver == factorize(W.half(), rank=9).solver == 'gram32'
     assert factorize(W[:200,:200]).solver == factorize(W.double()).solver == 'svd'
-    with pytest.raises(ValueError, match="solver must be 'auto', 'gram' or 'svd', got 'qr'"): factorize(W, solver='qr')
+    with pytest.raises(ValueError, match="solver must be 'auto', 'gram', 'svd' or 'krylov', got 'qr'"): factorize(W, solver='qr')
 
 def fails(*args, **kw): raise torch.linalg.LinAlgError('did not converge')
 

@@ -141,3 +141,48 @@ def test_threads_of_scipy_are_those_of_torch(monkeypatch):
     monkeypatch.setattr(room, 'threadpool_limits', lambda *args: seen.append(args) or limits(*args))
     factorize(matrix('random', 320, 450, torch.float32), rank=5)
     assert seen and set(seen) == {(torch.get_num_threads(), 'blas')}
+
+# ------------------------------------------------------------------ block Krylov
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('m,n', SHAPES)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64], ids=str)
+def test_krylov_is_one_percent_off_at_most(kind, m, n, dtype):
+    W = matrix(kind, m, n, dtype)
+    S = torch.linalg.svdvals(W.double())
+    for k in (1, 5, 9):
+        b = factorize(W, rank=k, solver='krylov')
+        A,B = (o.double() for o in b.pair(k))
+        want,rounding = S[k:].norm(),torch.finfo(dtype).eps*W.double().norm()
+        assert torch.norm(W.double() - B @ A) <= 1.01*want + rounding
+        assert b.L.shape[1] == len(b.S) == k and len(b.errors) == k + 1
+        if b.solver == 'krylov': assert b.errors[k] == pytest.approx((torch.norm(W.double() - B @ A)/S.norm()).item(), rel=1e-3, abs=1e-3)
+        else: assert (S[k:].norm()/S.norm()) < 1e-2        # hardly anything is cut off, which rounding hides
+
+def test_krylov_is_auto_where_it_is_no_faster():
+    W = matrix('power', 320, 450, torch.float32)
+    assert [factorize(W, rank=k, solver='krylov').solver for k in (10, 11)] == ['krylov', 'gram32']
+    assert factorize(W, solver='krylov').solver == 'gram64' and factorize(W[:256], rank=1, solver='krylov').solver == 'svd'
+    assert torch.equal(spectrum(W, solver='krylov'), spectrum(W))
+
+def test_krylov_gone_wrong_falls_back(monkeypatch):
+    W,qr = matrix('power', 320, 450, torch.float32),torch.linalg.qr
+    for bad in (lambda o: 1.01*o, lambda o: torch.full_like(o, float('nan'))):
+        monkeypatch.setattr(torch.linalg, 'qr', lambda A, bad=bad: torch.return_types.linalg_qr((bad(qr(A).Q), A)))
+        with pytest.warns(UserWarning, match="by solver='krylov' failed or did not pass"): assert factorize(W, rank=9, solver='krylov').solver == 'gram32'
+
+def test_krylov_that_does_not_settle_falls_back(monkeypatch):
+    monkeypatch.setattr(room, '_KRYLOV', (8, 1, 5e-3))
+    with pytest.warns(UserWarning, match="by solver='krylov' failed or did not pass"):
+        assert factorize(matrix('decaying', 320, 450, torch.float32), rank=9, solver='krylov').solver == 'gram32'
+
+def test_decompose_by_krylov():
+    m = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 20))
+    fc = FC_Decomposer(policy={'0': 9, '2': 5})
+    plain,fast = fc.decompose(m),fc.decompose(m, solver='krylov')
+    loss = [torch.norm(m[0].weight - o[0][1].weight @ o[0][0].weight) for o in (plain, fast)]
+    assert loss[0] < loss[1] <= 1.01*loss[0] and all(map(torch.equal, plain[2].parameters(), fast[2].parameters()))
+    again = fc.plan(m).apply(m, solver='krylov')
+    assert all(map(torch.equal, again.parameters(), fast.parameters()))
+    with pytest.raises(ValueError, match='solver must be .* got 3'): fc.decompose(m, solver=3, inplace=True)
+    assert isinstance(m[0], nn.Linear)

@@ -25,7 +25,7 @@ from ..core.modules import (_Detached, _FLOATS, _is_conv1d, _span, _warn_user, L
                                    select)
 from ..core.distributed import agreed, balanced, gathered, shared, world
 from .calibrate import Calibration
-from .plan import (DecompositionPlan, LayerPlan, _check_finite, _check_round_to, _decide, _left_out, _mk, _notes, _row_of,
+from .plan import (DecompositionPlan, LayerPlan, _check_finite, _check_round_to, _decide, _empty, _left_out, _mk, _notes, _row_of,
                                    _spectrum, _warn)
 from .ranks import mk_policy
 
@@ -344,7 +344,7 @@ class _Piece:
         if self.site is None: yield from self.src.chunks(); return
         s = _holding(self.site, self.src.read().to(device))
         _check_finite(s)
-        if (pair := _mk(s, self.row)) is None: raise ValueError(f'no solver could decompose {self.src.name!r}. Leave it out with exclude=.')
+        if (pair := _mk(s, _empty(s, self.row, s.weight.new_empty))) is None: raise ValueError(f'no solver could decompose {self.src.name!r}. Leave it out with exclude=.')
         for p in pair.parameters(): yield p.detach().cpu().reshape(-1).view(torch.uint8).numpy()
 
 def _pieces(ck, plan, sites, keys):

@@ -20,7 +20,7 @@ from torch import nn
 from ..core.modules import _atomic, _become, _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
 from ..core.distributed import agreed, balanced, shared, world
 from .calibrate import Calibration, NotDifferentiable, _collect
-from .factorize import Basis, factorize, shifted_bias, spectrum, trunc_error
+from .factorize import Basis, Solver, _check_solver, factorize, shifted_bias, spectrum, trunc_error
 from .ranks import Layer, ParamBudget, mk_policy, round_rank
 
 # %% ../../nbs/lowrank/plan.ipynb #e36b672e
@@ -359,10 +359,12 @@ def apply(self:DecompositionPlan,
     model: nn.Module,   # same architecture as the one planned for; left unchanged
     *,
     inplace: bool = False, # change `model` itself, where memory is short: each dense weight is freed as soon as its pair exists
+    solver: Solver = 'auto', # for layers without calibration: see `pick_solver`
     data=None,          # for a calibrated plan that was loaded from a file: calibration data or a `Calibration`
     n_batches: int|None = None, # batches to look at, None for all
 ) -> nn.Module:         # a new model, or `model`
     "A copy of `model` with every planned layer replaced by its pair, factorized one layer at a time"
+    _check_solver(solver)
     new = {}
     with torch.inference_mode(False), torch.no_grad():
         with agreed():
@@ -372,7 +374,7 @@ def apply(self:DecompositionPlan,
         def empty(s): return _empty(s, self[s.name], s.weight.new_empty)
         room = {} if inplace else {s: empty(s) for s in sites}  # before all work space: memory not yet written to costs nothing, and no holes are left
         def take(s): return room.pop(s, None) or empty(s)
-        for s,pair in _divided(sites, 'factors', lambda s: _mk(s, take(s), bases.get(s.name)), _tensors, lambda s,o: _filled(take(s), o)):
+        for s,pair in _divided(sites, 'factors', lambda s: _mk(s, take(s), bases.get(s.name), solver), _tensors, lambda s,o: _filled(take(s), o)):
             if pair is None: continue
             if inplace: _become(s.module, pair)
             else: new[s.module] = pair
@@ -399,13 +401,13 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
     return {s.name: b for s,b in _divided(want, 'spectra', lambda s: _basis(s, stats[s.name]), _packed, _unpacked) if b is not None}
 
 # %% ../../nbs/lowrank/plan.ipynb #38f8c10f
-def _mk(s, pair, basis=None):
+def _mk(s, pair, basis=None, solver='auto'):
     "The empty `pair` of one layer, filled; None (and a warning) where every solver failed"
     W = s.weight
     if W.device.type == 'meta': return pair
     if W.is_inference(): W = W.clone()
     k = len(pair[0].weight)
-    try: basis = factorize(W, rank=k) if basis is None else replace(basis, W=W)
+    try: basis = factorize(W, rank=k, solver=solver) if basis is None else replace(basis, W=W)
     except torch.linalg.LinAlgError as e:
         _warn_user(f'{s.name or "the model"!r} stays dense: {e}.')
         return
