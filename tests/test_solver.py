@@ -102,6 +102,12 @@ def test_eigenvectors_against_torch(r, dtype):
         gap = (e[-k] - e[-k-1] if k < r else e[-1])/e[-1]
         assert torch.norm(P - want) <= tol/gap
 
+def test_room_may_hold_anything():
+    G = gram(torch.randn(40, 60))
+    for k in (1, 7, 40):
+        e,Q = room._top(G.clone(), k, torch.full((40*k + 1,), float('nan'), dtype=torch.float64))
+        torch.testing.assert_close(G @ Q, Q*e[:k], rtol=0, atol=1e-12*e[0].item())
+
 @pytest.mark.parametrize('m,n', SHAPES)
 def test_fewer_directions_are_the_first_of_all(m, n):
     W = matrix('decaying', m, n, torch.float32)

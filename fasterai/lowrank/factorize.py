@@ -87,8 +87,8 @@ def _top(G, k, room=None):
     Q,below = (o.view(k, r).T for o in (room[:-1], room[1:]))   # `below` is Q[1:], and the first row of the next column as its last
     Q.numpy()[:] = Z[:,:-k-1:-1]        # ascending before
     del Z
-    # In this way Q[1:] and the reflectors in H[1:] lie in one piece, and are not copied. Zeros in the last row of H leave that of Q as it is
-    H[0] = 0
+    # In this way Q[1:] and the reflectors in H[1:] lie in one piece, and are not copied. Zeros in the last row of H leave that of Q as it is, which has to be finite
+    H[0],room[-1] = 0,0
     torch.ormqr(torch.from_numpy(H).as_strided((r, r-1), (1, r), 1), torch.from_numpy(tau), below, out=below)
     return torch.from_numpy(d[::-1].copy()), Q
 
