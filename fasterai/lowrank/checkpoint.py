@@ -344,7 +344,8 @@ class _Piece:
         if self.site is None: yield from self.src.chunks(); return
         s = _holding(self.site, self.src.read().to(device))
         _check_finite(s)
-        if (pair := _mk(s, _empty(s, self.row, s.weight.new_empty))) is None: raise ValueError(f'no solver could decompose {self.src.name!r}. Leave it out with exclude=.')
+        pair = _mk(s, _empty(s, self.row, s.weight.new_empty))
+        if pair is None: raise ValueError(f'no solver could decompose {self.src.name!r}. Leave it out with exclude=.')
         for p in pair.parameters(): yield p.detach().cpu().reshape(-1).view(torch.uint8).numpy()
 
 def _pieces(ck, plan, sites, keys):

@@ -266,7 +266,7 @@ def _krylov_basis(W, k):
     z = torch.cos(torch.arange(k, dtype=dtype, device=W.device))
     y = L @ z
     orth,fit = (L.T @ y - z).norm()/z.norm(),(L.T @ times(y) - e.to(z)*z).norm()/(total*z.norm())
-    if not max(orth, fit) <= 1e-4: return
+    if not (orth <= 1e-4 and fit <= 1e-4): return      # NaN is not
     errors = torch.cat([total[None], total - e.cumsum(0)]).clamp(min=0).div(total).sqrt()
     return Basis(W, L, L, e.sqrt().cpu(), 'krylov', errors=tuple(errors.tolist()))
 

@@ -8,6 +8,7 @@ __all__ = ['FC_Decomposer']
 # %% ../../nbs/misc/fc_decomposer.ipynb #258015c2
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
+from fastcore.basics import patch
 from torch import nn
 from ..lowrank.factorize import Solver
 from ..lowrank.plan import DecompositionPlan, make_plan
@@ -38,32 +39,36 @@ class FC_Decomposer:
     def _kw(self): return dict(layers=self.layers, exclude=self.exclude, skip_unprofitable=self.skip_unprofitable,
                                round_to=self.round_to, types=self.types)
 
-    def plan(self, 
-        model: nn.Module,           # any model; left unchanged
-        data=None,                  # calibration data: tensor, batches, DataLoader, DataLoaders, Learner, f(model), or a saved `Calibration`
-        *,
-        n_batches: int|None = None, # batches to look at, None for all
-        sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # weigh errors by their effect on the model's output? 'auto': for a budget
-        loss: Callable|None = None, # loss(output, *targets) for the sensitivity; None needs no targets
-    ) -> DecompositionPlan:         # shows itself as a table
-        "What `decompose` would do: ranks, sizes and errors of every layer, and the reason where a layer stays dense"
-        return make_plan(model, self.policy, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss, **self._kw())
-
-    def decompose(self, 
-        model: nn.Module,           # any model; left unchanged, unless `inplace`
-        data=None,                  # calibration data, as for `plan`; None for plain SVD
-        *,
-        inplace: bool = False,      # change `model` itself, where memory is short: each dense weight is freed as soon as its pair exists
-        solver: Solver = 'auto',    # of plain SVD; 'krylov' is faster at small ranks, and its errors up to about 1 % larger
-        n_batches: int|None = None, # batches to look at, None for all
-        sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # as for `plan`
-        loss: Callable|None = None, # as for `plan`
-    ) -> nn.Module:                 # a new model, or `model`
-        "A copy of `model` whose fully-connected layers are pairs: the same as `plan(model, data).apply(model)`"
-        return make_plan(model, self.policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss,
-                         **self._kw()).apply(model, inplace=inplace, solver=solver)
-
     def __repr__(self):
         usual = dict(layers=None, exclude=None, skip_unprofitable=False, round_to=1, types=())
         opts = ''.join(f', {k}={v!r}' for k,v in self._kw().items() if v != usual[k])
         return f'FC_Decomposer({self.policy!r}{opts})'
+
+# %% ../../nbs/misc/fc_decomposer.ipynb #ae77b978
+@patch
+def plan(self:FC_Decomposer, 
+    model: nn.Module,           # any model; left unchanged
+    data=None,                  # calibration data: tensor, batches, DataLoader, DataLoaders, Learner, f(model), or a saved `Calibration`
+    *,
+    n_batches: int|None = None, # batches to look at, None for all
+    sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # weigh errors by their effect on the model's output? 'auto': for a budget
+    loss: Callable|None = None, # loss(output, *targets) for the sensitivity; None needs no targets
+) -> DecompositionPlan:         # shows itself as a table
+    "What `decompose` would do: ranks, sizes and errors of every layer, and the reason where a layer stays dense"
+    return make_plan(model, self.policy, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss, **self._kw())
+
+# %% ../../nbs/misc/fc_decomposer.ipynb #06649b8a
+@patch
+def decompose(self:FC_Decomposer, 
+    model: nn.Module,           # any model; left unchanged, unless `inplace`
+    data=None,                  # calibration data, as for `plan`; None for plain SVD
+    *,
+    inplace: bool = False,      # change `model` itself, where memory is short: each dense weight is freed as soon as its pair exists
+    solver: Solver = 'auto',    # of plain SVD; 'krylov' is faster at small ranks, and its errors up to about 1 % larger
+    n_batches: int|None = None, # batches to look at, None for all
+    sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # as for `plan`
+    loss: Callable|None = None, # as for `plan`
+) -> nn.Module:                 # a new model, or `model`
+    "A copy of `model` whose fully-connected layers are pairs: the same as `plan(model, data).apply(model)`"
+    return make_plan(model, self.policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss,
+                     **self._kw()).apply(model, inplace=inplace, solver=solver)
