@@ -1,6 +1,7 @@
 "Everything public: `from fasterai.misc.all import *`"
 from fasterai.core.modules import *
 from fasterai.core.batches import *
+from fasterai.core.budget import *
 from fasterai.lowrank.calibrate import *
 from fasterai.lowrank.factorize import *
 from fasterai.lowrank.latency import *
