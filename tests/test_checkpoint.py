@@ -483,6 +483,7 @@ def test_ties_that_differ(tmp_path):
 
 # ------------------------------------------------------------------ memory
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     # layers of 10 MiB and a table of 20; two layers, then 20 (220 MiB)
@@ -601,6 +602,7 @@ def _owner(rank, src, dst):
 
 SCRIPT = 'import sys\nfrom fasterai.lowrank.cli import fasterai_decompose\nsys.exit(fasterai_decompose())\n'
 
+@pytest.mark.slow
 def test_command_under_torchrun(tmp_path):
     m = hf('llama')
     m.save_pretrained(tmp_path/'src', max_shard_size='30KB')

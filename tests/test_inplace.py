@@ -61,6 +61,7 @@ def test_it_trains_and_deepcopies_like_any_other():
     m(x).sum().backward()
     assert all(p.grad is not None for n,p in m.named_parameters() if 'out_proj' not in n or 'bias' not in n)
 
+@pytest.mark.slow
 def test_each_weight_is_freed_before_the_next_is_factorized(monkeypatch):
     from fasterai.lowrank import plan as room
     m = nn.Sequential(*[nn.Linear(20, 30) if i % 2 else nn.Linear(30, 20) for i in range(4)])

@@ -18,7 +18,14 @@ def all_cores():
     yield
     torch.set_num_threads(before)
 
-@pytest.mark.parametrize('nb', sorted(nbglob(root/'nbs', as_path=True)), ids=lambda p: str(p.relative_to(root/'nbs')))
+SLOW = {'tutorials/misc/fc_decomposer.ipynb', 'tutorials/misc/transformers.ipynb'}     # train for minutes, or need much memory
+
+def notebooks():
+    for p in sorted(nbglob(root/'nbs', as_path=True)):
+        name = p.relative_to(root/'nbs').as_posix()
+        yield pytest.param(p, id=name, marks=[pytest.mark.slow]*(name in SLOW))
+
+@pytest.mark.parametrize('nb', [*notebooks()])
 def test_notebook(nb):
     ok,_ = run_nb(nb, skip_flags=skip.split() if isinstance(skip, str) else list(skip), basepath=root)
     assert ok, f'{nb.name} failed; its traceback is in the captured stderr'

@@ -34,13 +34,14 @@ def check(W, ks, **kw):
     for k,want in zip(ks, reference(W, ks)):
         A,B = factorize(W, rank=k, **kw).pair(k)
         err = torch.norm(W.double() - B.double() @ A.double()).item()
-        # two factors in the precision of the weight cannot be closer than its rounding
-        assert err <= want*(1 + 1e-5) + torch.finfo(W.dtype).eps*norm, (k, err/norm, want/norm)
+        # two factors in the precision of the weight cannot be closer than its rounding; in float64 that holds for the reference too
+        slack = (4 if W.dtype == torch.float64 else 1)*torch.finfo(W.dtype).eps*norm
+        assert err <= want*(1 + 1e-5) + slack, (k, err/norm, want/norm)
 
 def ranks(r): return [1, 2, r//20, r//4, r//2, r-50, r-1, r]
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('m,n', SHAPES)
+@pytest.mark.parametrize('m,n', [SHAPES[0], *(pytest.param(*o, marks=pytest.mark.slow) for o in SHAPES[1:])])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize('solver', ['auto', 'gram'])
 def test_error_is_that_of_torch(kind, m, n, dtype, solver): check(matrix(kind, m, n, dtype), ranks(min(m, n)), solver=solver)

@@ -51,6 +51,7 @@ def test_checkpoint_of_other_dtypes(dtype):
     small = FC_Decomposer(.25).decompose(net().to(dtype))
     assert saved_size(small.state_dict()) <= 1.02*nbytes(small) + 64*2**10
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_memory_is_the_result_and_one_layer():
     # 16 layers of 8 MB; copying the model first would cost 128 MB
@@ -110,6 +111,7 @@ def test_compile_without_graph_breaks(small, x):
     torch._dynamo.reset()
     assert torch.equal(torch.compile(small, backend='eager', fullgraph=True)(x), small(x))
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
 def test_compile_with_inductor(small, x):
     torch._dynamo.reset()
@@ -138,6 +140,7 @@ def learner():
     dls = TabularDataLoaders.from_df(df, cont_names=[*'abcd'], y_names='y', y_block=RegressionBlock(), bs=16)
     return tabular_learner(dls, layers=[64, 32], n_out=1)
 
+@pytest.mark.slow
 def test_everything_loads_where_fasterai_cannot_be_imported(small, x, learner, tmp_path):
     learner.model = FC_Decomposer(.25).decompose(learner.model)
     learner.export(tmp_path/'learner.pkl')
