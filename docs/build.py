@@ -33,8 +33,8 @@ def proc_nbs(listed):
 
 def add_pages():
     "Markdown files of the project, and a page for the source of each module"
-    (proc/'benchmarks').mkdir()
-    for o in (root/'CHANGELOG.md', *(root/'benchmarks').glob('*.md')):
+    for o in ('benchmarks', 'docs'): (proc/o).mkdir()
+    for o in (root/'CHANGELOG.md', root/'docs'/'README.md', *(root/'benchmarks').glob('*.md')):
         toc = '\n' + toctree('', ['*'], ':glob:') if o.parent.name == 'benchmarks' and o.stem == 'README' else ''
         (proc/o.relative_to(root)).write_text(o.read_text(encoding='utf-8') + toc, encoding='utf-8')
     for o in modules(root/'fasterai'):

@@ -80,7 +80,7 @@ def read(app, docname, content):
         log.warning(str(e), location=docname)
     if docname == app.config.root_doc:
         toc = [(cap, ['Home <self>' if o == f'{docname}.ipynb' else o for o in os]) for cap,os in groups(app.config.nbdev_sidebar)]
-        toc.append(('Project', ['CHANGELOG', 'benchmarks/README']))
+        toc.append(('Project', ['CHANGELOG', 'benchmarks/README', 'docs/README']))
         cells += [md_cell(toctree(cap, os)) for cap,os in toc if os]
     for i,c in enumerate(cells): c['id'] = f'cell-{i}'
     kernel = dict(name='python3', display_name='Python 3', language='python')
@@ -109,29 +109,35 @@ def no_link(o):
     return False
 
 def target(app, name, docname):
-    "Page and anchor that a name in backticks means: one of the API, a kind of data, or a Markdown file of the project"
+    "Page and anchor that a name in backticks means: an entry of the API, a module, or a Markdown file of the project"
     syms,found = app.env.domaindata.get('fasterai', {}),app.env.found_docs
     if name in syms: return syms[name], f'#{slug(name)}'
-    if name.endswith('.md'):
-        here = (o for o in (name[:-3], normpath(join(dirname(docname), name[:-3]))) if o in found)
-        return next(here, None), ''
-    return None, ''
+    if name.endswith('.md'): pages = name[:-3],normpath(join(dirname(docname), name[:-3]))
+    else: pages = (join('source', *name.split('.')[1:]),) if name.startswith('fasterai.') else ()
+    return next((o for o in pages if o in found and o != docname), None), ''
 
 def symbols(app, doctree, docname):
-    "Link what is in backticks, `name` or `name()`, to its entry or page, and entries to their source"
-    syms = app.env.domaindata.get('fasterai', {})
+    "Link what is in backticks, `name` or `name()`, to its entry or page; names in types too; and entries to their source"
+    def ref(page, anchor, child='', **kw):
+        return nodes.reference('', child, refuri=app.builder.get_relative_uri(docname, page) + anchor, internal=True, **kw)
+
+    def linked(s):
+        page,anchor = target(app, s, docname)
+        return ref(page, anchor, s) if page else nodes.Text(s)
+
     for o in list(doctree.findall(nodes.literal)):
         if no_link(o): continue
-        page,anchor = target(app, o.astext().removesuffix('()'), docname)
-        if page is None or page == docname and not anchor: continue
-        ref = nodes.reference('', '', refuri=f'{app.builder.get_relative_uri(docname, page)}{anchor}', internal=True)
-        o.replace_self(ref)
-        ref += o
-    src = join('source', docname)
+        cell = next((p for p in (o.parent, o.parent.parent) if isinstance(p, nodes.entry)), None)
+        if cell and 'type' in cell['classes']: o[:] = map(linked, filter(None, re.split(r'(\w+)', o.astext())))
+        elif (to := target(app, o.astext().removesuffix('()'), docname))[0]:
+            link = ref(*to)
+            o.replace_self(link)
+            link += o
+    src,syms = join('source', docname),app.env.domaindata.get('fasterai', {})
     if src not in app.env.found_docs: return
-    for t in list(doctree.findall(nodes.title)):
+    for t in list(doctree.findall(nodes.title)):    # the word "source" is in the style sheet, so that a search does not find it
         if syms.get(name := t.astext()) == docname and name in defined(lib/f'{docname}.py'):
-            t += nodes.reference('', 'source', refuri=f'{app.builder.get_relative_uri(docname, src)}#{name}', internal=True, classes=['source'])
+            t += ref(src, f'#{name}', classes=['source'], reftitle='source')
 
 def setup(app):
     app.add_config_value('nbdev_sidebar', [], 'env')

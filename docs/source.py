@@ -27,4 +27,5 @@ def defined(path): return {n for _,ns in cells(path) for n in ns}
 def page(path, title):
     "Markdown: a code block per cell, below the anchors of what it defines; the search leaves it out"
     blocks = [''.join(f'<span id="{n}"></span>' for n in ns) + f'\n\n~~~~python\n{c}\n~~~~' for c,ns in cells(path)]
-    return '\n\n'.join(['---\norphan: true\nnosearch: true\n---', f'# {title}', *blocks]) + '\n'
+    doc = '/'.join(['..']*title.count('.') + title.split('.')[1:])
+    return '\n\n'.join(['---\norphan: true\nnosearch: true\n---', f'# {title}', f'[Documentation]({doc}.ipynb) of this module', *blocks]) + '\n'
