@@ -128,7 +128,7 @@ def symbols(app, doctree, docname):
     for o in list(doctree.findall(nodes.literal)):
         if no_link(o): continue
         cell = next((p for p in (o.parent, o.parent.parent) if isinstance(p, nodes.entry)), None)
-        if cell and 'type' in cell['classes']: o[:] = map(linked, filter(None, re.split(r'(\w+)', o.astext())))
+        if cell and 'type' in cell['classes']: o[:] = [linked(s) for s in re.split(r'(\w+)', o.astext()) if s]
         elif (to := target(app, o.astext().removesuffix('()'), docname))[0]:
             link = ref(*to)
             o.replace_self(link)

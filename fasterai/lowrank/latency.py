@@ -54,7 +54,7 @@ def _grid(most):
 # %% ../../nbs/lowrank/latency.ipynb #43cae584
 @dataclass(frozen=True, repr=False)
 class LatencyTable:
-    "Times of layers and of their pairs; what is not known yet is measured when asked for, and kept"
+    "Times of layers and of their pairs. Shapes that are not in the table yet are measured when they are needed, and stored"
     batch_size: int = 1          # items per batch; a layer gets `positions` rows of each
     device: str|None = field(default=None, kw_only=True)    # where to measure, None for where each layer is
     times: dict = field(default_factory=dict, kw_only=True, hash=False) # (in, out, rows, dtype, device) -> {rank: ms}, rank 0 for the layer itself

@@ -156,7 +156,7 @@ def _device(model): return next((t.device for t in chain(model.parameters(), mod
 # %% ../../nbs/lowrank/report.ipynb #09d88a6c
 @dataclass(frozen=True, eq=False)
 class ModelComparison:
-    "Two models side by side"
+    "Two models side by side: shows itself as a table"
     table: pd.DataFrame                 # rows: parameters, state (MB), MACs, output error, latency (ms); columns: before, after, ratio
     layers: pd.DataFrame|None = None    # per replaced layer: rank, predicted and measured error, remark
     note: str = ''                      # what the numbers were measured on
@@ -201,7 +201,7 @@ def compare_models(
     after: nn.Module,                       # left as found
     data=None,                              # see `Batches`; None for sizes only
     *,
-    plan: DecompositionPlan|None = None,    # what made `after` of `before`: for the errors of the layers; needs `data`
+    plan: DecompositionPlan|None = None,    # the plan that made `after` from `before`, for the errors of the layers; needs `data`
     n_batches: int|None = None,             # at most this many, None for all
     latency: bool = True,                   # measure the time of the first batch?
 ) -> ModelComparison:
@@ -226,7 +226,7 @@ def compare_models(
 
 # %% ../../nbs/lowrank/report.ipynb #a202b156
 def plot_spectra(
-    x: DecompositionPlan|nn.Module,  # a plan, or a model to take the spectra of
+    x: DecompositionPlan|nn.Module,  # a plan, or a model to compute the spectra of
     data=None,                       # calibration data for a model: spectra of the outputs; None for those of the weights
     *,
     ax: plt.Axes|None = None,        # axes to draw on, new ones by default
@@ -261,10 +261,10 @@ def plot_tradeoff(
     x: str = 'params',              # column of the size
     y: str = 'metric',              # column of the metric
     dense: float|None = None,       # metric of the dense model, for a line
-    limit: float|None = None,       # metric that is just good enough, for a line: of the dense model, less the drop allowed
+    limit: float|None = None,       # lowest acceptable metric, for a line
     ax: plt.Axes|None = None,       # axes to draw on, new ones by default
 ) -> plt.Axes:
-    "Metric against size, a line per frame"
+    "Plot the metric against the size, one line per frame"
     frames = _series(frames)
     for o in frames.values():
         if (lost := {x, y}.difference(o.columns)):
