@@ -1,4 +1,4 @@
-"Build the site from the notebooks into `_docs/`: `python docs/build.py`"
+"Build the site from the notebooks into `_docs/`: `python docs/build.py`. To read it: `python -m http.server -d _docs`"
 import os, re, shutil, sys
 from pathlib import Path
 
@@ -9,8 +9,9 @@ sys.path[:0] = [str(root), str(root/'docs')]
 import yaml
 from fastcore.parallel import parallel
 from nbdev.doclinks import nbglob
-from nbdev_sphinx import pages
+from nbdev_sphinx import pages, toctree
 from showdoc import process
+from source import modules, page
 from sphinx.cmd.build import main as sphinx
 
 def check_sidebar():
@@ -30,6 +31,17 @@ def proc_nbs(listed):
     files = [(nbs/f'{o}.ipynb', proc/f'{o}.ipynb') for o in listed]
     parallel(process, files, n_workers=min(len(files), os.cpu_count()), method='spawn')
 
+def add_pages():
+    "Markdown files of the project, and a page for the source of each module"
+    for o in ('benchmarks', 'docs'): (proc/o).mkdir()
+    for o in (root/'CHANGELOG.md', root/'docs'/'README.md', *(root/'benchmarks').glob('*.md')):
+        toc = '\n' + toctree('', ['*'], ':glob:') if o.parent.name == 'benchmarks' and o.stem == 'README' else ''
+        (proc/o.relative_to(root)).write_text(o.read_text(encoding='utf-8') + toc, encoding='utf-8')
+    for o in modules(root/'fasterai'):
+        dst = (proc/'source'/o.relative_to(root/'fasterai')).with_suffix('.md')
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        dst.write_text(page(o, '.'.join(o.relative_to(root).with_suffix('').parts)), encoding='utf-8')
+
 _re_load = re.compile(r'<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)\s*=\s*["\']?((?:https?:)?//[^"\'\s>]+)'
                       r'|(?:@import\s*["\']|url\(\s*["\']?)((?:https?:)?//[^"\'\s)]+)')
 
@@ -45,6 +57,7 @@ def check_html():
 def main():
     os.chdir(root)                 # nbdev looks for pyproject.toml from here
     proc_nbs(check_sidebar())
+    add_pages()
     shutil.rmtree(out, ignore_errors=True)
     # -n -W --keep-going: every broken link, anchor or cell is reported, and one is enough to fail
     rc = sphinx(['-q', '-n', '-W', '--keep-going', '-E', '-c', 'docs', '-d', str(proc/'.doctrees'), str(proc), str(out)])
@@ -53,6 +66,7 @@ def main():
         if o.name != 'tex-chtml.js': o.unlink()
     msgs = check_html() + (['the site has warnings; notebook.ipynb:50003 is line 3 of its 5th cell'] if rc else [])
     if msgs: sys.exit('\n'.join(msgs))
-    print(f'{len([*out.rglob("*.html")])} pages in {out.relative_to(root)}/')
+    print(f'{len([*out.rglob("*.html")])} pages in {out.relative_to(root)}/. To read them: python -m http.server -d {out.relative_to(root)}, '
+          'then open http://localhost:8000')
 
 if __name__ == '__main__': main()

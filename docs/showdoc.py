@@ -1,6 +1,6 @@
 "How the site shows the API: nbdev's notebook processors, with a table of docments below each signature"
 import os, re
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from inspect import Parameter, Signature, formatannotation, isclass, signature
 from textwrap import wrap
@@ -15,8 +15,12 @@ empty = Parameter.empty
 def _cell(s): return re.sub(r'\\?\|', r'\\|', ' '.join((s or '').split()))   # a bare `|` would end the cell
 def _code(s): return f'`{_cell(s)}`' if s else ''
 def _short(s): return re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Z])', '', s)         # torch.nn.modules.module.Module -> Module
-def _anno(o): return '' if o is empty else _short(o if isinstance(o, str) else formatannotation(o))
-def _default(o): return '' if o is empty else getattr(o, '__name__', None) or repr(o)
+def _anno(o):
+    "As text with room to wrap: spaces around `|`, and after commas"
+    if o is empty: return ''
+    s = _short(o if isinstance(o, str) else formatannotation(o))
+    return re.sub(r',(?=\S)', ', ', re.sub(r'\s*\|\s*', ' | ', s)).replace('NoneType', 'None')
+def _default(o): return '' if o is empty else getattr(o, '__name__', None) or repr(o).replace('<factory>', '{}')   # of a dataclass: `dict`
 
 class Bare(str):
     "Text that a signature shows without quotes"
@@ -41,18 +45,32 @@ class TableRenderer:
         indent = ' '*(len(self.nm) + 1)
         return '\n'.join(wrap(f'{self.nm}{Signature(ps)}', 88, subsequent_indent=indent, break_long_words=False))
 
+    def _bases(self): return [o for o in getattr(self.sym, '__mro__', ())[1:] if is_dataclass(o)]
+
+    def _inherited(self):
+        "Names of the fields that a dataclass has from others, which are listed there"
+        own = getattr(self.sym, '__annotations__', {})
+        return {f.name for o in self._bases() for f in fields(o)} - {*own}
+
+    def _type(self, k, v):
+        "Data comes in many forms, which have one name (see the glossary); a default of None is no type"
+        if k == 'data' and v.anno in (empty, type(None)): return 'Data | None' if v.default is None else 'Data'
+        return '' if v.anno is type(None) else _anno(v.anno)
+
     def _rows(self):
-        bases = [docments(o) for o in getattr(self.sym, '__mro__', ())[1:] if is_dataclass(o)]   # of inherited fields
+        above = self._inherited()
         for k,v in docments(self.sym, full=True).items():
-            doc = v.docment or next((o[k] for o in bases if o.get(k)), '')
-            typ,dflt,doc = _anno(v.anno), _default(v.default), _cell(doc)
+            if k in above: continue
+            typ,dflt,doc = self._type(k, v), _default(v.default), _cell(v.docment)
             star = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}.get(v.get('kind'), '')
             if k == 'return' and (isclass(self.sym) or not doc and typ in ('', 'None')): continue
             if k == 'self' or star and not (typ or doc): continue
             yield '**Returns**' if k == 'return' else _code(star + k), _code(typ), _code(dflt), doc
 
     def _table(self):
-        cols = [*zip(('', 'Type', 'Default', 'Details'), ('---',)*4, *self._rows())]
+        rows = [*self._rows()]
+        if [r[0] for r in rows] == ['**Returns**']: return ' '.join(filter(None, rows[0]))
+        cols = [*zip(('', 'Type', 'Default', 'Details'), ('---',)*4, *rows)]
         cols = [c for i,c in enumerate(cols) if i == 0 or any(c[2:])]
         return '\n'.join(f"| {' | '.join(r)} |" for r in zip(*cols)) if len(cols) > 1 else ''
 
@@ -60,7 +78,8 @@ class TableRenderer:
         last = self.nm.split('.')[-1]
         if self.nm[0] == '_' or last[0] == '_' and not self.sym.__doc__: return ''   # a plain `__repr__` needs no entry
         head,sig = '#'*self.title_level + f' `{self.nm}`', f'```python\n{self._signature()}\n```'
-        return '\n\n'.join(o for o in (head, sig, docstring(self.sym), self._table()) if o)
+        more = f"Fields, after those of {' and '.join(f'`{o.__name__}`' for o in self._bases())}:" if self._inherited() else ''
+        return '\n\n'.join(o for o in (head, sig, docstring(self.sym), more, self._table()) if o)
 
 class SiteProcs(FilterDefaults):
     "nbdev's processors; `nbdev_sphinx` links names in backticks, needing neither an installed package nor a host"
