@@ -1,4 +1,5 @@
 "Everything public: `from fasterai.misc.all import *`"
+from fasterai.core.files import *
 from fasterai.core.modules import *
 from fasterai.core.batches import *
 from fasterai.lowrank.calibrate import *
