@@ -10,5 +10,7 @@ from fasterai.lowrank.plan import *
 from fasterai.misc.fc_decomposer import *
 from fasterai.lowrank.report import *
 from fasterai.lowrank.learner import *
+from fasterai.lowrank.names import *
+from fasterai.lowrank.shards import *
 from fasterai.lowrank.checkpoint import *
 from fasterai.lowrank.cli import *
