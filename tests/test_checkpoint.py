@@ -358,7 +358,7 @@ def bad_src(tmp_path, what):
     if what == 'shape': m.head = nn.Linear(48, 12)
     if what == 'lacks': del m.head
     if what == 'more': m.more = nn.Linear(2, 2)
-    if what == 'prefix': m = nn.ModuleDict(dict(net=m))
+    if what == 'prefix': m = nn.ModuleDict(dict(net=m, loss=nn.Linear(2, 2)))     # not all names begin alike
     if what in ('file', 'nan', 'shape', 'lacks', 'more', 'prefix', 'cut', 'garbage', 'empty', 'text'):
         f = tmp_path/'bad.safetensors'
         save_file(m.state_dict(), f)

@@ -14,9 +14,9 @@ from torch import nn
 from fastcore.basics import patch
 from ..core.distributed import agreed, balanced, gathered, shared, world
 from ..core.files import _open
-from ..core.modules import _Detached, _FLOATS, _span, find_linears
+from ..core.modules import _Detached, _span, find_linears
 from .calibrate import Calibration
-from .names import _architecture, _build, _check_match, _from_config, _groups, _key
+from .names import _architecture, _build, _check_match, _from_config, _groups, _key, _matched, _renamer, _sites
 from .plan import DecompositionPlan, _check_finite, _check_round_to, _decide, _left_out, _notes, _row_of, _spectrum, _warn
 from .ranks import mk_policy
 from .shards import _finish, _holding, _Look, _Meter, _PLAN, _pieces, _Run, _svd_cost, _target, _write_shard
@@ -41,21 +41,12 @@ def _look(sites, stored, run, spectra, device):
     return seen | {o.name: o for part in gathered(new) for o in part}
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #e4a42222
-def _sites(model, ck, types):
-    "Layers of `model`, names of their weights in the checkpoint, and reasons why some stay as they are there"
-    sites,keys,why = find_linears(model, types=types),{},{}
-    for s in (s for s in sites if s.reason is None):
-        keys[s.name] = [n for n in s.names if _key(n, 'weight') in ck.tensors]
-        t = ck.tensors[_key(keys[s.name][0], 'weight')]
-        if t.torch_dtype not in _FLOATS: why[s.name] = f'stored as {t.dtype}, not as one of float16 to float64'
-    return sites,keys,why
-
 def _made_plan(params, sites, why, left_out, seen, policy, stored, skip_unprofitable, round_to):
     "What `make_plan` would say if the weights were in memory"
     left_out = why | left_out
     if policy.needs_spectra: left_out |= {n: 'no solver found its singular values' for n,o in seen.items() if o.spectrum is None}
     rows = {s.name: _row_of(s, seen[s.name].spectrum if s.name in seen else None, None, None) for s in sites}
-    rows |= {n: replace(rows[n], itemsize=t.torch_dtype.itemsize) for n,t in stored.items() if t.torch_dtype is not None}
+    rows |= {n: replace(rows[n], itemsize=t.torch_dtype.itemsize, dtype=str(t.torch_dtype).removeprefix('torch.')) for n,t in stored.items()}
     chosen = [rows[s.name] for s in sites if s.reason is None and s.name not in left_out]
     ranks = policy.ranks(chosen)
     return DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in seen and seen[s.name].zero,
@@ -98,8 +89,8 @@ class _Job:
         self.policy,self.overwrite,self.ck = policy,overwrite,_open(src)
         if any(_PLAN in m for m in self.ck.metas.values()): raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
         dst,self.single = _target(src, dst, self.ck, overwrite)
-        self.run,self.device,(self.net,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
-        self.sites,self.keys,self.why = _sites(self.net, self.ck, types)
+        self.run,self.device,(self.net,self.seen,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
+        self.sites,self.keys,self.why = _sites(self.net, self.seen, types)
         self.left_out = _left_out(self.net, self.sites, layers, exclude, policy)
         self.stored = {n: self.ck.tensors[_key(ks[0], 'weight')] for n,ks in self.keys.items()}
 
@@ -134,17 +125,19 @@ def write(self:_Job, plan, done):
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #6cc2014e
 def _plan_of(ck):
-    "The plan in the metadata, the same in all files"
-    texts = {f: m.get(_PLAN) for f,m in ck.metas.items()}
+    "The plan in the metadata, the same in all files; where they hold none, in plan.json beside them"
+    texts,beside = {f: m.get(_PLAN) for f,m in ck.metas.items()},(ck.path if ck.path.is_dir() else ck.path.parent)/'plan.json'
+    if not any(texts.values()) and beside.is_file(): return DecompositionPlan.load(beside)
     for f,t in texts.items():
-        if t is None: raise ValueError(f'{f} holds no plan: it was not written by decompose_checkpoint.')
+        if t is None: raise ValueError(f'{f} holds no plan: it was not written by decompose_checkpoint, and no plan.json lies beside it.')
         if t != texts[next(iter(texts))]: raise ValueError(f'{f.name} and {next(iter(texts)).name} come from different runs. Decompose again.')
     return DecompositionPlan.from_json(t, where=f'the plan in {f}')
 
-def _as_in(model, plan):
-    "`plan` with what only the model knows, for one made from names alone: which class a layer has, who reads its weight"
-    sites = {s.name: s for s in find_linears(model)}
+def _as_in(model, plan, rename):
+    "`plan` with what only the model knows, for one made from names alone: its names, which class a layer has, who reads its weight"
+    sites = {n: s for s in find_linears(model) for n in s.names}
     def f(o):
+        if o.name not in sites: o = replace(o, name=rename(_key(o.name, 'weight'))[0].removesuffix('weight').removesuffix('.'), aliases=())
         if (s := sites.get(o.name)) is None: return o
         plain = o.kind == 'Linear' and isinstance(s.module, nn.Linear)
         return replace(o, kind=s.kind if plain else o.kind, readable=s.reader is not None)
@@ -158,14 +151,33 @@ def _emptied(model):
         memo[id(p)] = metas.setdefault(key, nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad))
     with torch.inference_mode(False), torch.no_grad(), _Detached(): return copy.deepcopy(model, memo)
 
-def _tensors(model, ck, device):
+# %% ../../nbs/lowrank/checkpoint.ipynb #4dc6983e
+_PARTS = {'0.weight': 'weight', '1.weight': 'weight', '1.bias': 'bias'}     # of a pair, and of the layer it was
+
+def _with_pairs(rename, plan, names):
+    "`rename` for a checkpoint with the pairs of `plan`: a part of a pair is called after the layer that it was"
+    at = {n for o in plan.replaced for n in o.names}
+    own = {_key(n, p) for n in at for p in _PARTS} & names
+    def f(k):
+        for part,whole in _PARTS.items():
+            if k != part and not k.endswith(f'.{part}'): continue
+            name,converter,_ = rename(k.removesuffix(part) + whole)
+            if converter is None and (n := name.removesuffix(whole).removesuffix('.')) in at: return _key(n, part), None, None
+        return (k, None, None) if k in own else rename(k)
+    return f
+
+def _tensors(model, seen, device):
     "Name in the state dict -> tensor; tied names get one"
-    res,want = {},model.state_dict(keep_vars=True)
+    res,want,made = {},model.state_dict(keep_vars=True),{}
+    def get(k):
+        if k in seen.direct: return seen.direct[k].read().to(device)
+        if k not in made: made.update(seen.mixed[k].tensors())
+        return made.pop(k).to(device).clone(memory_format=torch.contiguous_format)   # it may be a slice of another
     for names in _groups(model):
-        have = [k for k in names if k in ck.tensors]
-        t = ck.tensors[have[0]].read().to(device)
+        have = [k for k in names if k in seen.shapes]
+        t = get(have[0])
         for k in have[1:]:
-            if not torch.equal(ck.tensors[k].read().to(device), t): raise ValueError(f'{have[0]!r} and {k!r} are tied in the model, but differ in {ck.path}.')
+            if not torch.equal(get(k), t): raise ValueError(f'{have[0]!r} and {k!r} are tied in the model, but differ in {seen.path}.')
         old = want[names[0]]
         if isinstance(old, nn.Parameter): t = nn.Parameter(t, old.requires_grad and t.is_floating_point())
         res |= dict.fromkeys(names, t)
@@ -174,21 +186,23 @@ def _tensors(model, ck, device):
 # %% ../../nbs/lowrank/checkpoint.ipynb #a5852243
 def load_decomposed(
     model: nn.Module|Callable[[],nn.Module]|None,   # function that builds the dense model, a dense model, or None where config.json says it
-    path: str|os.PathLike,                          # written by `decompose_checkpoint`
+    path: str|os.PathLike,                          # written by `decompose_checkpoint`; or any checkpoint of a decomposed model, with the plan as plan.json beside it
     *,
     device: torch.device|str|None = None,           # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                     # a new model, in the mode (training or not) of the dense one, dtypes from the file
     "The model in a decomposed checkpoint, without any SVD; loads strictly"
     ck = _open(path)
     plan = _plan_of(ck)
-    if model is None and (model := _from_config(ck.path)) is None:
-        raise ValueError(f'{path} has no config.json that transformers knows. Pass model=, a function that builds the dense model.')
+    if model is None and isinstance(model := _from_config(ck.path), str): raise ValueError(f'{model}. Pass model=, a function that builds the dense model.')
     net = _build(model)
     if device is None: device = next((p.device for p in net.parameters() if not p.is_meta), 'cpu')
-    small = _as_in(net, plan).skeleton(_emptied(net))
-    _check_match(small, {k: t.shape for k,t in ck.tensors.items()}, ck.path)
-    if (lost := [n for n,b in small.named_buffers() if b.is_meta and n not in small.state_dict()]):
+    rename = _renamer(net, ck.tensors)
+    plan = _as_in(net, plan, rename)
+    small = plan.skeleton(_emptied(net))
+    names = small.state_dict().keys()
+    seen = _matched(names, ck, _with_pairs(rename, plan, names), net)
+    _check_match(small, seen)
+    if (lost := [n for n,b in small.named_buffers() if b.is_meta and n not in names]):
         raise ValueError(f'{lost[0]!r} is in no checkpoint and holds no data (meta device). Pass a function that builds the model, not a model on the meta device.')
-    sd = _tensors(small, ck, device)
-    small.load_state_dict(sd, assign=True)
+    small.load_state_dict(_tensors(small, seen, device), assign=True)
     return small.to(device)

@@ -7,8 +7,10 @@ __all__ = []
 
 # %% ../../nbs/lowrank/names.ipynb #e26faa52
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
-from ..core.modules import _FLOATS, _span, _warn_user, count_params
+from ..core.files import _Checkpoint, _quoted, _Stored, _WRAPPED
+from ..core.modules import _FLOATS, _span, _warn_user, count_params, find_linears
 
 # %% ../../nbs/lowrank/names.ipynb #6eba36f9
 @contextmanager
@@ -47,43 +50,137 @@ def _build(
 
 # %% ../../nbs/lowrank/names.ipynb #072b2fa7
 def _from_config(path):
-    "A function that builds what config.json in `path` describes; None if it does not say, or transformers does not know it"
-    if not (Path(path)/'config.json').is_file() or find_spec('transformers') is None: return None
+    "A function that builds what config.json in `path` describes, or the reason why there is none"
+    if not (Path(path)/'config.json').is_file(): return f'{path} has no config.json'
+    if find_spec('transformers') is None: return f'config.json in {path} is read by transformers, which is not installed'
     import transformers
     try: cfg = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError): return None
-    cls = getattr(transformers, (getattr(cfg, 'architectures', None) or [''])[0], None)
-    return None if cls is None else lambda: cls._from_config(cfg).eval()
+    except (ValueError, OSError, KeyError) as e:
+        return f'transformers {transformers.__version__} cannot read config.json in {path}: {str(e).splitlines()[0]}'
+    name = (getattr(cfg, 'architectures', None) or ['no architecture'])[0]
+    cls = getattr(transformers, name, None)
+    why = f'config.json in {path} names {name}, which transformers {transformers.__version__} does not have'
+    return why if cls is None else lambda: cls._from_config(cfg).eval()
 
 _LOOKED_UP = ('emb', 'wte', 'wpe', 'position')      # in the last part of a name: a table, not a layer
 
 def _from_names(tensors, layers):
     "A stand-in model with one `nn.Linear` on the meta device for every matrix `X.weight`"
-    res,pats = nn.Module(),[layers] if isinstance(layers, str) else list(layers)
-    for k in sorted(tensors):
-        t,parts = tensors[k],k.split('.')[:-1]
-        if not (k.endswith('.weight') and len(t.shape) == 2 and t.torch_dtype in _FLOATS and t.numel and all(parts)): continue
-        if any(w in parts[-1].lower() for w in _LOOKED_UP) and k[:-7] not in pats: continue
+    res,pats,packed = nn.Module(),[layers] if isinstance(layers, str) else list(layers),_packed_in(tensors)
+    mats = {k[:-7]: t for k,t in tensors.items() if k.endswith('.weight') and len(t.shape) == 2 and t.torch_dtype in _FLOATS and t.numel}
+    for n,t in sorted((mats | {n: t for n,t in packed.items() if len(t.shape) == 2}).items()):
+        parts = n.split('.')
+        if not all(parts) or (any(w in parts[-1].lower() for w in _LOOKED_UP) and n not in pats): continue
         at = res
-        for p in parts[:-1]: at = at._modules.setdefault(p, nn.Module())
-        at._modules[parts[-1]] = nn.Linear(*t.shape[::-1], bias=k[:-6]+'bias' in tensors, device='meta', dtype=t.torch_dtype)
+        for o in parts[:-1]: at = at._modules.setdefault(o, nn.Module())
+        dt = None if n in packed else t.torch_dtype
+        at._modules[parts[-1]] = nn.Linear(*t.shape[::-1], bias=f'{n}.bias' in tensors, device='meta', dtype=dt)
     return res
 
-def _architecture(model, ck, layers):
-    "The model that says what may be decomposed, and the number of its parameters"
-    if model is not None or (model := _from_config(ck.path)) is not None:
-        net = _build(model)
-        _check_match(net, {k: t.shape for k,t in ck.tensors.items()}, ck.path)
-        return net, count_params(net)
-    if layers is not None: return _from_names(ck.tensors, layers), sum(t.numel for t in ck.tensors.values() if t.torch_dtype in _FLOATS)
-    some = [k[:-7] for k,t in ck.tensors.items() if k.endswith('.weight') and len(t.shape) == 2][:3]
-    raise ValueError(f'{ck.path} does not say which of its matrices are fully-connected layers. Pass model=, a function that builds the model, '
-                     f'or layers=, names such as {", ".join(map(repr, some))} or wildcards.')
+# %% ../../nbs/lowrank/names.ipynb #0bab50a0
+_PACKED = ('qweight', 'weight_packed')      # GPTQ and AWQ, compressed-tensors; others keep the name `weight`
+
+def _packed_in(
+    tensors: dict[str,_Stored],
+) -> dict[str,_Stored]:             # layer -> the tensor that holds its weight
+    "Layers whose weights are stored in a type that is no floating-point number of 16 to 64 bits"
+    res = {k[:-7]: t for k,t in tensors.items() if k.endswith('.weight') and len(t.shape) > 1 and t.torch_dtype not in _FLOATS}
+    return res | {k.rpartition('.')[0]: t for k,t in tensors.items() if k.rpartition('.')[2] in _PACKED}
+
+def _is_packed(t):
+    "Why the layer with this weight stays"
+    where = '' if (leaf := t.name.rpartition('.')[2]) == 'weight' else f' in {leaf!r}'
+    return f'stored as {t.dtype}{where}, not as one of float16 to float64: dequantize the checkpoint first'
+
+# %% ../../nbs/lowrank/names.ipynb #3b23db0e
+@dataclass(frozen=True)
+class _Mix:
+    "Tensors of a checkpoint that transformers makes into others, such as one for all experts"
+    first: str                              # name of the first result
+    converter: object                       # of transformers
+    parts: list[tuple[str,_Stored]]         # pattern and tensor
+    net: nn.Module                          # whose configuration it asks
+
+    def tensors(self, read: Callable = _Stored.read) -> dict[str,torch.Tensor]:
+        "The results, by their names in the model"
+        c = deepcopy(self.converter)
+        for pattern,t in self.parts: c.add_tensor(self.first, t.name, pattern, read(t))
+        try: res = c.convert(self.first, model=self.net, config=self.net.config)
+        except (RuntimeError, ValueError) as e: raise ValueError(
+            f'transformers cannot make {self.first!r} of {_quoted([t.name for _,t in self.parts])}: {str(e).splitlines()[0]}') from None
+        return {k: v[0] if isinstance(v, list) else v for k,v in res.items()}
+
+    def shapes(self): return {k: tuple(v.shape) for k,v in self.tensors(lambda t: torch.empty(t.shape, dtype=t.torch_dtype, device='meta')).items()}
+
+# %% ../../nbs/lowrank/names.ipynb #4808821f
+def _hf_names(net):
+    "How transformers renames and converts what it reads for `net`: name -> name, converter, its pattern; None for other models, and before version 5"
+    if find_spec('transformers') is None or not hasattr(net, 'base_model_prefix'): return None
+    from transformers import PreTrainedModel
+    if not isinstance(net, PreTrainedModel) or find_spec('transformers.conversion_mapping') is None: return None
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    how,want = get_model_conversion_mapping(net),net.state_dict()
+    old,new = ([o for o in how if isinstance(o, c)] for c in (WeightRenaming, WeightConverter))
+    at = {p: c for c in new for p in c.source_patterns}
+    def f(k):
+        name,pattern = rename_source_key(k, old, new, net.base_model_prefix, want)
+        return (k, None, None) if name not in want and k in want else (name, at.get(pattern), pattern)
+    return f
+
+def _renamer(
+    net: nn.Module,
+    keys: Iterable[str],    # names in the checkpoint
+) -> Callable:              # name in the checkpoint -> name in the model, and how it is converted
+    "What the tensors of a checkpoint are called in `net`"
+    want,keys = net.state_dict(),list(keys)
+    hf = _hf_names(net) or (lambda k: (k, None, None))
+    def plain(k): return k if k in want else _WRAPPED.sub('', k)
+    p = _wrapping([plain(k) for k in keys], lambda k: hf(k)[0] in want)
+    return lambda k: hf(plain(k).removeprefix(p))
+
+def _wrapping(keys, fits):
+    "What a wrapper put in front of all `keys`: with it none fits, without it one does"
+    p = ''
+    while not any(fits(k[len(p):]) for k in keys):
+        heads = {k[len(p):].partition('.')[:2] for k in keys}
+        if len(heads) != 1 or '' in next(iter(heads)): return ''
+        p += ''.join(heads.pop())
+    return p
+
+# %% ../../nbs/lowrank/names.ipynb #24b0b902
+@dataclass(frozen=True)
+class _Match:
+    "A checkpoint under the names of a model"
+    path: Path
+    direct: dict[str,_Stored] = field(default_factory=dict)     # name in the model -> tensor, as it lies in the file
+    mixed: dict[str,_Mix] = field(default_factory=dict)         # name in the model -> what makes it
+    shapes: dict[str,tuple] = field(default_factory=dict)       # of both; what the model lacks stands there under its name in the file
+    packed: dict[str,_Stored] = field(default_factory=dict)     # layer -> weight in a type that cannot be decomposed
+
+def _matched(
+    names: Iterable[str],   # in the state dict of the model, which may hold pairs
+    ck: _Checkpoint,
+    rename: Callable,       # see `_renamer`
+    net: nn.Module,         # the dense model
+) -> _Match:
+    "Find what each tensor of the model is made of"
+    res,groups = _Match(ck.path, packed={}),{}
+    for k in sorted(ck.tensors, key=lambda k: [(o.isdigit(), int(o) if o.isdigit() else 0, o) for o in k.split('.')]):   # experts in order
+        t,(name,converter,pattern) = ck.tensors[k],rename(k)
+        if converter is not None: groups.setdefault(name, _Mix(name, converter, [], net)).parts.append((pattern, t))
+        elif name not in names: res.shapes[k] = t.shape
+        elif name in res.direct: raise ValueError(f'{ck.path}: {res.direct[name].name!r} and {k!r} are both {name!r} in the model.')
+        else: res.direct[name],res.shapes[name] = t,t.shape
+    for o in groups.values():
+        made = o.shapes()
+        res.mixed.update(dict.fromkeys(made, o))
+        res.shapes.update(made)
+    res.packed.update(_packed_in(res.direct | {k: t for k,t in ck.tensors.items() if k in res.shapes}))
+    return res
 
 # %% ../../nbs/lowrank/names.ipynb #14779f72
 def _key(layer, tensor): return f'{layer}.{tensor}' if layer else tensor
-
-def _some(ks): return ', '.join(map(repr, sorted(ks)[:3])) + (', …' if len(ks) > 3 else '')
 
 def _groups(model):
     "Names in the state dict that stand for one tensor"
@@ -99,23 +196,77 @@ def _hint(name, known):
     close = get_close_matches(name, known, 2, 0.6)
     return f' Closest: {", ".join(map(repr, close))}.' if close else ''
 
+# %% ../../nbs/lowrank/names.ipynb #e6ab3e57
 def _check_match(
     model: nn.Module,
-    shapes: Mapping[str,tuple],     # of the tensors in the checkpoint
-    where: Path,                    # the checkpoint, for the error
+    seen: _Match,           # the checkpoint
+    packed: bool = False,   # may layers be stored in 8 or 4 bits?
 ):
     "Raise for the first tensor of `model` that is missing, has another shape, or is not in the model"
-    want,groups = model.state_dict(keep_vars=True),_groups(model)
-    lost = [g[0] for g in groups if not any(k in shapes for k in g)]
-    if lost: raise ValueError(f'{where} lacks {len(lost)} of {len(groups)} tensors of the model: {_some(lost)}.{_hint(min(lost), shapes)}')
+    want,groups,shapes = model.state_dict(keep_vars=True),_groups(model),seen.shapes
+    odd = {_key(n, 'weight') for n in seen.packed}
+    lost = [g[0] for g in groups if not any(k in shapes or (packed and k in odd) for k in g)]
+    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in _ignored(model)) and not (packed and _beside(k, seen.packed))]
+    if lost and (n := next((n for n in seen.packed if _key(n, 'weight') in lost), None)) is not None: raise ValueError(
+        f'{seen.path}: the weight of {n!r} is {_is_packed(seen.packed[n])}.')
+    if lost: raise ValueError(f'{seen.path} lacks {len(lost)} of {len(groups)} tensors of the model: {_some(lost)}.{_hint(min(lost), more, seen)}')
     for k,v in want.items():
-        if k in shapes and isinstance(v, torch.Tensor) and tuple(v.shape) != shapes[k]:
-            raise ValueError(f'{where}: {k!r} has shape {shapes[k]}, the model has {tuple(v.shape)}. Is it the checkpoint of another model?')
-    pats = _ignored(model)
-    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in pats)]
-    if more: raise ValueError(f'{where} has {len(more)} tensors that the model lacks: {_some(more)}.')
+        if k not in shapes or not isinstance(v, torch.Tensor) or tuple(v.shape) == shapes[k] or (packed and k in odd): continue
+        made = f' (made of {_quoted([t.name for _,t in seen.mixed[k].parts])})' if k in seen.mixed else ''
+        raise ValueError(f'{seen.path}: {k!r}{made} has shape {shapes[k]}, the model has {tuple(v.shape)}. Is it the checkpoint of another model?')
+    if (n := next((_beside(k, seen.packed) for k in more if _beside(k, seen.packed)), None)): raise ValueError(
+        f'{seen.path}: the weight of {n!r} is {_is_packed(seen.packed[n])}. The model has no place for {_some([k for k in more if k.startswith(n)])}.')
+    if more: raise ValueError(f'{seen.path} has {len(more)} tensors that the model lacks: {_some(more)}.')
+
+def _beside(k, packed):
+    "The packed layer that tensor `k` belongs to, such as its scales"
+    return next((n for i in range(len(k)) if k[i] == '.' and (n := k[:i]) in packed), None)
 
 def _ignored(model):
     "Patterns of names that old versions of a model wrote: buffers it now computes itself, and what Hugging Face lists"
     own = ['.'.join(n.split('.')[-2:]) for n,_ in model.named_buffers() if n not in model.state_dict()]
     return [*(rf'(^|\.){re.escape(n)}$' for n in own), *(getattr(model, '_keys_to_ignore_on_load_unexpected', None) or ())]
+
+def _hint(name, known, seen):
+    "What else a tensor may be called"
+    longer,shorter = [k for k in known if k.endswith(f'.{name}')],[k for k in known if name.endswith(f'.{k}')]
+    if longer or shorter: return f' The checkpoint calls it {(longer or shorter)[0]!r}: pass the class that was saved.'
+    close = get_close_matches(name, known, 2, 0.6)
+    if close: return f' Closest: {_quoted(close)}.'
+    return '' if seen.direct or seen.mixed else f' It holds {_some(known)}.'
+
+def _some(ks): return _quoted(sorted(ks))
+
+# %% ../../nbs/lowrank/names.ipynb #0c807de0
+def _architecture(model, ck, layers):
+    "The model that says what may be decomposed, what its tensors are in the checkpoint, and the number of its parameters"
+    if model is None and not isinstance(why := _from_config(ck.path), str): model = why
+    if model is not None:
+        net = _build(model)
+        seen = _matched(net.state_dict(), ck, _renamer(net, ck.tensors), net)
+        _check_match(net, seen, packed=True)
+        return net, seen, count_params(net)
+    if layers is not None:
+        net = _from_names(ck.tensors, layers)
+        return net, _matched(ck.tensors, ck, lambda k: (k, None, None), net), sum(t.numel for t in ck.tensors.values() if t.torch_dtype in _FLOATS)
+    some = [k[:-7] for k,t in ck.tensors.items() if k.endswith('.weight') and len(t.shape) == 2][:3]
+    raise ValueError(f'{ck.path} does not say which of its matrices are fully-connected layers: {why}. Pass model=, a function that builds the model, '
+                     f'or layers=, names such as {", ".join(map(repr, some))} or wildcards.')
+
+def _sites(model, seen, types):
+    "Layers of `model`, what they are called in the checkpoint, and reasons why some stay as they are there"
+    sites,keys,why = find_linears(model, types=types),{},{}
+    for s in (s for s in sites if s.reason is None):
+        if (n := next((n for n in s.names if n in seen.packed), None)) is not None: why[s.name] = _is_packed(seen.packed[n])
+        else: keys[s.name] = [_stored_as(n, seen) for n in s.names if _key(n, 'weight') in seen.shapes]
+        if None in keys.get(s.name, ()):
+            del keys[s.name]
+            why[s.name] = 'the file stores it in another form, which transformers converts when it loads the model'
+    return sites,keys,why
+
+def _stored_as(n, seen):
+    "What layer `n` is called in the checkpoint, None where not all of it lies there as it is in the model"
+    have = [seen.direct.get(_key(n, o)) for o in ('weight', 'bias') if _key(n, o) in seen.shapes]
+    names = {t and t.name.rpartition('.')[::2] for t in have}
+    layer = next(iter(names))[0] if None not in names else None
+    return layer if names <= {(layer, 'weight'), (layer, 'bias')} and layer is not None else None
