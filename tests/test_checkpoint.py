@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, safetensors, torch, torch.distributed as dist, torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
-from fasterai.lowrank import checkpoint
+from fasterai.lowrank import checkpoint, shards as shard_room
 from fasterai.misc.all import *
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*layers grew:UserWarning', 'ignore:.*fork:DeprecationWarning')
@@ -242,7 +242,7 @@ def test_a_model_that_is_passed_stays_as_it_is(src, model, tmp_path):
 
 class Stop(BaseException): pass
 
-def stopped_at(monkeypatch, i, name='_mk', mod=checkpoint):
+def stopped_at(monkeypatch, i, name='_mk', mod=shard_room):
     "Let call `i` of a function raise; the counter of its calls"
     real,n = getattr(mod, name),[0]
     def f(*args, **kw):
@@ -253,7 +253,7 @@ def stopped_at(monkeypatch, i, name='_mk', mod=checkpoint):
     return n
 
 @pytest.mark.parametrize('sharded', [False, True])
-@pytest.mark.parametrize('name,mod', [('_mk', checkpoint), ('_synced', checkpoint), ('replace', os), ('rename', os), ('rmtree', shutil)])
+@pytest.mark.parametrize('name,mod', [('_mk', shard_room), ('_synced', shard_room), ('replace', os), ('rename', os), ('rmtree', shutil)])
 def test_goes_on_after_any_stop(model, tmp_path, monkeypatch, sharded, name, mod):
     src = shards(model, tmp_path/'src') if sharded else tmp_path/'src.safetensors'
     if not sharded: save_file(model.state_dict(), src)
@@ -283,10 +283,10 @@ def test_finished_layers_are_not_done_again(src, tmp_path, monkeypatch):
 
 def test_spectra_are_not_computed_again(src, tmp_path, monkeypatch):
     with monkeypatch.context() as mk, pytest.raises(Stop):
-        stopped_at(mk, 5, '_spectrum')
+        stopped_at(mk, 5, '_spectrum', checkpoint)
         decompose_checkpoint(src, tmp_path/'s.safetensors', Energy(.9), model=Net)
     with open(tmp_path/'s.safetensors.partial/looks.0', 'a') as f: f.write('["head", fal')     # killed while it wrote
-    n = stopped_at(monkeypatch, 0, '_spectrum')
+    n = stopped_at(monkeypatch, 0, '_spectrum', checkpoint)
     with pytest.raises(ValueError, match='need at least'): decompose_checkpoint(src, tmp_path/'s.safetensors', ParamBudget(.001), model=Net)
     assert n[0] == 7 - 4
     decompose_checkpoint(src, tmp_path/'s.safetensors', ParamBudget(.5), model=Net)       # nothing was written yet: another policy is welcome
@@ -326,8 +326,8 @@ def test_other_arguments_do_not_mix(src, model, tmp_path, monkeypatch):
     same(tensors(tmp_path/'s.safetensors'), FC_Decomposer(.5).decompose(net(1)).state_dict())
 
 def _slowly(src, dst):
-    real = checkpoint._mk
-    checkpoint._mk = lambda *args: time.sleep(.15) or real(*args)
+    real = shard_room._mk
+    shard_room._mk = lambda *args: time.sleep(.15) or real(*args)
     decompose_checkpoint(src, dst, .25, model=Net)
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no SIGKILL')
@@ -358,7 +358,7 @@ def bad_src(tmp_path, what):
     if what == 'shape': m.head = nn.Linear(48, 12)
     if what == 'lacks': del m.head
     if what == 'more': m.more = nn.Linear(2, 2)
-    if what == 'prefix': m = nn.ModuleDict(dict(net=m))
+    if what == 'prefix': m = nn.ModuleDict(dict(net=m, loss=nn.Linear(2, 2)))     # not all names begin alike
     if what in ('file', 'nan', 'shape', 'lacks', 'more', 'prefix', 'cut', 'garbage', 'empty', 'text'):
         f = tmp_path/'bad.safetensors'
         save_file(m.state_dict(), f)
@@ -539,12 +539,12 @@ def _decompose(rank, src, dst, policy, breaks=None):
     "As rank `rank`; `breaks` is the layer at which something happens on the rank that has it"
     if breaks:
         name,kind = breaks
-        real = checkpoint._mk
+        real = shard_room._mk
         def mk(s, row):
             if s.name == name and kind == 'fail': raise RuntimeError('no space')
             if s.name == name and kind == 'die': os.kill(os.getpid(), signal.SIGKILL)
             return real(s, row)
-        checkpoint._mk = mk
+        shard_room._mk = mk
     plan = decompose_checkpoint(src, dst, policy, model=Net)
     return plan.title
 
@@ -593,8 +593,8 @@ def test_a_killed_rank_does_not_leave_the_others_waiting(model, tmp_path):
 
 def _owner(rank, src, dst):
     "Does this rank get the shard with the head?"
-    seen,real = [],checkpoint._mk
-    checkpoint._mk = lambda s, row: seen.append(s.name) or real(s, row)
+    seen,real = [],shard_room._mk
+    shard_room._mk = lambda s, row: seen.append(s.name) or real(s, row)
     decompose_checkpoint(src, dst, .25, model=Net, overwrite=True)
     return 'head' in seen
 
@@ -627,11 +627,11 @@ def _command(rank, size, port, d, args):
 @pytest.mark.parametrize('what', ['nan', 'fail', 'exists'])
 def test_command_fails_on_every_rank(tmp_path, monkeypatch, what):
     src = bad_src(tmp_path, 'nan') if what == 'nan' else shards(net(), tmp_path/'src')
-    real,dst = checkpoint._mk,tmp_path/'dst'
+    real,dst = shard_room._mk,tmp_path/'dst'
     def mk(s, row):
         if s.name == 'head': raise ValueError('no space for head')
         return real(s, row)
-    if what == 'fail': monkeypatch.setattr(checkpoint, '_mk', mk)
+    if what == 'fail': monkeypatch.setattr(shard_room, '_mk', mk)
     if what == 'exists': dst.mkdir()
     (tmp_path/'script.py').write_text(SCRIPT)
     with socket.socket() as o:

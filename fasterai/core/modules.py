@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
+from .files import _atomic, _umask    # where other rooms look for them
 
 # %% ../../nbs/core/modules.ipynb #85775aaf
 class LowRankLinear(nn.Sequential):
@@ -481,22 +482,3 @@ def _warn_user(msg):
     depth,f = 2,sys._getframe(1)
     while f.f_back and f.f_globals.get('__name__', '').split('.')[0] in ('fasterai', 'torch', 'contextlib'): depth,f = depth+1,f.f_back
     warnings.warn(msg, stacklevel=depth)
-
-# %% ../../nbs/core/modules.ipynb #556dcfbe
-@contextmanager
-def _atomic(path, overwrite):
-    "A path to write to; the file takes its place at `path` when it is whole"
-    path = Path(path)
-    if path.exists() and not overwrite: raise FileExistsError(f'{path} exists. Pass overwrite=True to replace it.')
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name+'.')
-    os.close(fd)
-    try:
-        yield tmp
-        os.chmod(tmp, 0o666 & ~_umask())
-        os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
-
-def _umask():
-    m = os.umask(0)
-    os.umask(m)
-    return m

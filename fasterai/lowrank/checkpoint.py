@@ -6,259 +6,22 @@
 __all__ = ['decompose_checkpoint', 'load_decomposed']
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #f4bab6f3
-import copy, json, os, re, shutil, time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from importlib.util import find_spec
-from pathlib import Path
+import copy, os, shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 import torch
-from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import _TYPES
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils.weak import WeakIdKeyDictionary
-from ..core.modules import (_Detached, _FLOATS, _is_conv1d, _span, _warn_user, LinearSite, count_params, find_linears, match_name,
-                                   select)
+from fastcore.basics import patch
 from ..core.distributed import agreed, balanced, gathered, shared, world
+from ..core.files import _open
+from ..core.modules import _Detached, _span, find_linears
 from .calibrate import Calibration
-from .plan import (DecompositionPlan, LayerPlan, _check_finite, _check_round_to, _decide, _empty, _left_out, _mk, _notes, _row_of,
-                                   _spectrum, _warn)
+from .names import _architecture, _build, _check_match, _from_config, _groups, _key, _matched, _renamer, _sites
+from .plan import DecompositionPlan, _check_finite, _check_round_to, _decide, _left_out, _notes, _row_of, _spectrum, _warn
 from .ranks import mk_policy
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #d2e65e5a
-try: import fcntl
-except ImportError: fcntl = None    # not on Windows
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #6c9e8586
-_COPY = 2**22       # bytes copied at a time
-
-@dataclass(frozen=True)
-class _Stored:
-    "A tensor in a safetensors file: where its bytes lie"
-    file: Path
-    name: str
-    dtype: str                  # as the format calls it, such as 'BF16'
-    shape: tuple[int,...]
-    start: int
-    nbytes: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype|None: return _TYPES.get(self.dtype)
-    @property
-    def numel(self) -> int: return torch.Size(self.shape).numel()
-
-    def chunks(self, size: int = _COPY) -> Iterator[memoryview]:
-        "The bytes"
-        with open(self.file, 'rb') as f:
-            f.seek(self.start)
-            for left in range(self.nbytes, 0, -size):
-                if len(b := f.read(min(size, left))) < min(size, left): raise ValueError(f'{self.file} ends within {self.name!r}.')
-                yield memoryview(b)
-
-    def read(self) -> torch.Tensor:
-        "The tensor, in memory of its own"
-        if self.torch_dtype is None: raise ValueError(f'{self.name!r} in {self.file} has dtype {self.dtype}, which cannot be read.')
-        buf = torch.empty(self.nbytes, dtype=torch.uint8)
-        with open(self.file, 'rb') as f:
-            f.seek(self.start)
-            if f.readinto(buf.numpy()) < self.nbytes: raise ValueError(f'{self.file} ends within {self.name!r}.')
-        return buf.view(self.torch_dtype).reshape(self.shape)
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #fc679de1
-def _header(
-    path: Path,
-) -> tuple[dict[str,_Stored],dict[str,str]]:    # tensors by name, and metadata
-    "What a safetensors file says about itself, after the library has checked it"
-    if not path.is_file(): raise FileNotFoundError(f'no such file: {path}.')
-    try:
-        with safe_open(path, 'pt'): pass
-    except SafetensorError as e: raise ValueError(f'{path} is not a whole safetensors file: {e}. Copy or download it again.') from None
-    with open(path, 'rb') as f:
-        n = int.from_bytes(f.read(8), 'little')
-        head = json.loads(f.read(n))
-    meta = head.pop('__metadata__', None) or {}
-    return {k: _Stored(path, k, d['dtype'], tuple(d['shape']), 8 + n + d['data_offsets'][0], d['data_offsets'][1] - d['data_offsets'][0])
-            for k,d in head.items()}, meta
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #49faebaa
-@dataclass(frozen=True)
-class _Checkpoint:
-    "A file or a folder with an index: names, shapes and places of all tensors"
-    path: Path
-    metas: dict[Path,dict]          # file -> its metadata
-    tensors: dict[str,_Stored]
-    index: Path|None = None         # the JSON file that says which shard has what
-
-    @property
-    def identity(self) -> list: return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.metas]
-    @property
-    def nbytes(self) -> int: return sum(t.nbytes for t in self.tensors.values())
-
-def _open(
-    path: str|os.PathLike,  # file or folder
-) -> _Checkpoint:
-    "Look at all headers"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'no such file or folder: {path}.')
-    if path.is_file(): return _opened(path, [path])
-    index,files = sorted(path.glob('*.safetensors.index.json')),sorted(path.glob('*.safetensors'))
-    if len(index) == 1: return _sharded(path, index[0])
-    if index: raise ValueError(f'{path} holds several indices: {", ".join(f.name for f in index)}. Which one is not clear.')
-    if len(files) == 1: return _opened(path, files)
-    if files: raise ValueError(f'{path} holds {len(files)} safetensors files and no index. Pass one of them: {", ".join(f.name for f in files[:3])}.')
-    other = [f.name for f in sorted(path.iterdir()) if f.suffix in ('.bin','.pt','.pth','.ckpt')]
-    raise FileNotFoundError(f'{path} holds no safetensors file' + (f', but {other[0]}: convert it first.' if other else '.'))
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #a4383782
-def _weight_map(index):
-    "Tensor -> file name, checked"
-    try: res = json.loads(index.read_text(encoding='utf-8'))['weight_map']
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{index} is not an index of shards: {type(e).__name__}: {e}.') from None
-    ok = isinstance(res, dict) and res and all(isinstance(v, str) and Path(v).name == v for v in res.values())
-    if not ok: raise ValueError(f'{index} is not an index of shards: its weight_map must name files beside it.')
-    return res
-
-def _opened(path, files, index=None):
-    heads = {f: _header(f) for f in files}
-    tensors = {}
-    for f,(ts,_) in heads.items():
-        if (twice := tensors.keys() & ts): raise ValueError(f'{min(twice)!r} is in {tensors[min(twice)].file.name} and in {f.name}.')
-        tensors |= ts
-    return _Checkpoint(path, {f: m for f,(_,m) in heads.items()}, tensors, index)
-
-def _sharded(path, index):
-    "Open the shards that `index` names; both must tell the same"
-    where = _weight_map(index)
-    files = [path/f for f in dict.fromkeys(sorted(where.values()))]
-    if (lost := [f.name for f in files if not f.is_file()]):
-        raise FileNotFoundError(f'{index.name} names {lost[0]}, which {path} lacks ({len(lost)} of {len(files)} shards are missing). Download it again.')
-    res = _opened(path, files, index)
-    for n,f in where.items():
-        if n not in res.tensors: raise ValueError(f'{index.name} says that {f} holds {n!r}, which it does not. Download both again.')
-        if res.tensors[n].file.name != f: raise ValueError(f'{index.name} says that {f} holds {n!r}, but {res.tensors[n].file.name} does.')
-    if (more := res.tensors.keys() - where): raise ValueError(f'{res.tensors[min(more)].file.name} holds {min(more)!r}, which {index.name} does not name.')
-    return res
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #6eba36f9
-@contextmanager
-def _no_weights() -> Iterator[None]:
-    "Parameters of modules built inside hold no data; ties remain"
-    memo = WeakIdKeyDictionary()
-    def to_meta(module, name, p):
-        if p.is_meta or isinstance(p, nn.parameter.UninitializedTensorMixin): return
-        if p not in memo: memo[p] = nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad)
-        return memo[p]
-    h = register_module_parameter_registration_hook(to_meta)
-    try: yield
-    finally: h.remove()
-
-def _build(
-    model: nn.Module|Callable[[],nn.Module],
-) -> nn.Module:                                 # from a function: with parameters on the meta device
-    "`model` itself, or what it builds"
-    if isinstance(model, nn.Module): return model
-    if not callable(model): raise TypeError(f'model must be a torch.nn.Module or a function that builds one, got {type(model).__name__}.')
-    try:
-        with _no_weights(): res = model()
-    except (RuntimeError, TypeError) as e:   # it looks at the values of its parameters
-        res,why = model(),e
-        _warn_user(f'the model cannot be built without weights ({str(why).splitlines()[0]}); it was built with random ones, in memory.')
-    if not isinstance(res, nn.Module): raise TypeError(f'the function must return a torch.nn.Module, got {type(res).__name__}.')
-    return res
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #072b2fa7
-def _from_config(path):
-    "A function that builds what config.json in `path` describes; None if it does not say, or transformers does not know it"
-    if not (Path(path)/'config.json').is_file() or find_spec('transformers') is None: return None
-    import transformers
-    try: cfg = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError): return None
-    cls = getattr(transformers, (getattr(cfg, 'architectures', None) or [''])[0], None)
-    return None if cls is None else lambda: cls._from_config(cfg).eval()
-
-_LOOKED_UP = ('emb', 'wte', 'wpe', 'position')      # in the last part of a name: a table, not a layer
-
-def _from_names(tensors, layers):
-    "A stand-in model with one `nn.Linear` on the meta device for every matrix `X.weight`"
-    res,pats = nn.Module(),[layers] if isinstance(layers, str) else list(layers)
-    for k in sorted(tensors):
-        t,parts = tensors[k],k.split('.')[:-1]
-        if not (k.endswith('.weight') and len(t.shape) == 2 and t.torch_dtype in _FLOATS and t.numel and all(parts)): continue
-        if any(w in parts[-1].lower() for w in _LOOKED_UP) and k[:-7] not in pats: continue
-        at = res
-        for p in parts[:-1]: at = at._modules.setdefault(p, nn.Module())
-        at._modules[parts[-1]] = nn.Linear(*t.shape[::-1], bias=k[:-6]+'bias' in tensors, device='meta', dtype=t.torch_dtype)
-    return res
-
-def _architecture(model, ck, layers):
-    "The model that says what may be decomposed, and the number of its parameters"
-    if model is not None or (model := _from_config(ck.path)) is not None:
-        net = _build(model)
-        _check_match(net, {k: t.shape for k,t in ck.tensors.items()}, ck.path)
-        return net, count_params(net)
-    if layers is not None: return _from_names(ck.tensors, layers), sum(t.numel for t in ck.tensors.values() if t.torch_dtype in _FLOATS)
-    some = [k[:-7] for k,t in ck.tensors.items() if k.endswith('.weight') and len(t.shape) == 2][:3]
-    raise ValueError(f'{ck.path} does not say which of its matrices are fully-connected layers. Pass model=, a function that builds the model, '
-                     f'or layers=, names such as {", ".join(map(repr, some))} or wildcards.')
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #14779f72
-def _some(ks): return ', '.join(map(repr, sorted(ks)[:3])) + (', …' if len(ks) > 3 else '')
-
-def _groups(model):
-    "Names in the state dict that stand for one tensor"
-    res = {}
-    for k,v in model.state_dict(keep_vars=True).items():
-        if isinstance(v, torch.Tensor): res.setdefault((*_span(v), tuple(v.shape)), []).append(k)
-    return list(res.values())
-
-def _hint(name, known):
-    "What else a tensor may be called"
-    longer,shorter = [k for k in known if k.endswith(f'.{name}')],[k for k in known if name.endswith(f'.{k}')]
-    if longer or shorter: return f' The checkpoint calls it {(longer or shorter)[0]!r}: pass the class that was saved.'
-    close = get_close_matches(name, known, 2, 0.6)
-    return f' Closest: {", ".join(map(repr, close))}.' if close else ''
-
-def _check_match(
-    model: nn.Module,
-    shapes: Mapping[str,tuple],     # of the tensors in the checkpoint
-    where: Path,                    # the checkpoint, for the error
-):
-    "Raise for the first tensor of `model` that is missing, has another shape, or is not in the model"
-    want,groups = model.state_dict(keep_vars=True),_groups(model)
-    lost = [g[0] for g in groups if not any(k in shapes for k in g)]
-    if lost: raise ValueError(f'{where} lacks {len(lost)} of {len(groups)} tensors of the model: {_some(lost)}.{_hint(min(lost), shapes)}')
-    for k,v in want.items():
-        if k in shapes and isinstance(v, torch.Tensor) and tuple(v.shape) != shapes[k]:
-            raise ValueError(f'{where}: {k!r} has shape {shapes[k]}, the model has {tuple(v.shape)}. Is it the checkpoint of another model?')
-    pats = _ignored(model)
-    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in pats)]
-    if more: raise ValueError(f'{where} has {len(more)} tensors that the model lacks: {_some(more)}.')
-
-def _ignored(model):
-    "Patterns of names that old versions of a model wrote: buffers it now computes itself, and what Hugging Face lists"
-    own = ['.'.join(n.split('.')[-2:]) for n,_ in model.named_buffers() if n not in model.state_dict()]
-    return [*(rf'(^|\.){re.escape(n)}$' for n in own), *(getattr(model, '_keys_to_ignore_on_load_unexpected', None) or ())]
+from .shards import _finish, _holding, _Look, _Meter, _PLAN, _pieces, _Run, _svd_cost, _target, _write_shard
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #b69fc8ef
-@dataclass(frozen=True)
-class _Look:
-    "What was seen of one weight"
-    name: str
-    zero: bool
-    spectrum: tuple[float,...]|None = None
-
-def _holding(s, W):
-    "Site `s` with the weight `W`, as it was stored, and no bias"
-    lin = nn.Linear(s.in_features, s.out_features, bias=False, device='meta')
-    lin.weight = nn.Parameter(W.T if _is_conv1d(s.module) else W, False)
-    return replace(s, module=lin)
-
-def _svd_cost(s): return min(s.in_features, s.out_features)**2*(max(s.in_features, s.out_features) + 4*min(s.in_features, s.out_features))
-
 def _look(sites, stored, run, spectra, device):
     "Look at all layers, each rank at its share: name -> what was seen"
     rank,size = world()
@@ -277,247 +40,17 @@ def _look(sites, stored, run, spectra, device):
             meter.step()
     return seen | {o.name: o for part in gathered(new) for o in part}
 
-# %% ../../nbs/lowrank/checkpoint.ipynb #ec51a03e
-class _Meter:
-    "A progress bar for work of known cost, on rank 0, where it takes more than a second"
-    def __init__(self, costs: list, comment: str):
-        self.left,self.total,self.done,self.bar,self.comment = iter(costs),sum(costs) or 1,0,None,comment
-        self.start = time.time()
-    def __enter__(self): return self
-    def step(self):
-        "The next piece is done"
-        self.done += next(self.left)
-        if self.bar is None and time.time() - self.start > 1 and world()[0] == 0: self._show()
-        if self.bar is not None: self.bar.update(int(1000*self.done/max(self.total, self.done)))
-    def skip(self):
-        "The next piece was done by an earlier run: it says nothing about the time that is left"
-        self.total -= next(self.left)
-    def _show(self):
-        self.bar = progress_bar(range(1000), leave=False)    # in thousandths of the cost: pieces differ
-        self.bar.comment = self.comment
-        self.bar.update(0)
-        self.bar.start_t = self.start
-    def __exit__(self, kind, *_):
-        if self.bar is not None and kind is not None: self.bar.on_interrupt()
-
 # %% ../../nbs/lowrank/checkpoint.ipynb #e4a42222
-def _sites(model, ck, types):
-    "Layers of `model`, names of their weights in the checkpoint, and reasons why some stay as they are there"
-    sites,keys,why = find_linears(model, types=types),{},{}
-    for s in (s for s in sites if s.reason is None):
-        keys[s.name] = [n for n in s.names if _key(n, 'weight') in ck.tensors]
-        t = ck.tensors[_key(keys[s.name][0], 'weight')]
-        if t.torch_dtype not in _FLOATS: why[s.name] = f'stored as {t.dtype}, not as one of float16 to float64'
-    return sites,keys,why
-
-def _key(layer, tensor): return f'{layer}.{tensor}' if layer else tensor
-
 def _made_plan(params, sites, why, left_out, seen, policy, stored, skip_unprofitable, round_to):
     "What `make_plan` would say if the weights were in memory"
     left_out = why | left_out
     if policy.needs_spectra: left_out |= {n: 'no solver found its singular values' for n,o in seen.items() if o.spectrum is None}
     rows = {s.name: _row_of(s, seen[s.name].spectrum if s.name in seen else None, None, None) for s in sites}
-    rows |= {n: replace(rows[n], itemsize=t.torch_dtype.itemsize) for n,t in stored.items() if t.torch_dtype is not None}
+    rows |= {n: replace(rows[n], itemsize=t.torch_dtype.itemsize, dtype=str(t.torch_dtype).removeprefix('torch.')) for n,t in stored.items()}
     chosen = [rows[s.name] for s in sites if s.reason is None and s.name not in left_out]
     ranks = policy.ranks(chosen)
     return DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in seen and seen[s.name].zero,
         skip_unprofitable, round_to, Calibration({})) for s in sites), repr(policy), params, _notes(policy, chosen, {}))
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #7d0de0a4
-@dataclass(frozen=True)
-class _Piece:
-    "What becomes of one tensor of the source"
-    src: _Stored
-    outs: tuple[tuple[str,tuple[int,...]],...]  # names and shapes
-    site: LinearSite|None = None                # the layer whose weight it is; None to copy its bytes
-    row: LayerPlan|None = None
-
-    @property
-    def itemsize(self) -> int: return self.src.nbytes//self.src.numel if self.src.numel else 1
-    @property
-    def sizes(self) -> list[int]: return [self.src.nbytes] if self.site is None else [torch.Size(s).numel()*self.itemsize for _,s in self.outs]
-    @property
-    def cost(self) -> float: return 10*self.src.nbytes + (0 if self.site is None else _svd_cost(self.site))
-
-    def data(self, device: torch.device|str = 'cpu') -> Iterator:
-        "The bytes to write, one tensor at a time"
-        if self.site is None: yield from self.src.chunks(); return
-        s = _holding(self.site, self.src.read().to(device))
-        _check_finite(s)
-        pair = _mk(s, _empty(s, self.row, s.weight.new_empty))
-        if pair is None: raise ValueError(f'no solver could decompose {self.src.name!r}. Leave it out with exclude=.')
-        for p in pair.parameters(): yield p.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-
-def _pieces(ck, plan, sites, keys):
-    "File -> its pieces, in the order in which they are written: wide numbers first, so that each lies at a multiple of its size"
-    rows,biases = {},{}
-    for o in plan.replaced:
-        for n in keys[o.name]: rows[_key(n, 'weight')],biases[_key(n, 'bias')] = (n, o),_key(n, '1.bias')
-    at,res = {s.name: s for s in sites},{f: [] for f in ck.metas}
-    for k,t in ck.tensors.items():
-        if k not in rows: p = _Piece(t, ((biases.get(k, k), t.shape),))
-        else:
-            n,o = rows[k]
-            p = _Piece(t, ((_key(n, '0.weight'), (o.rank, o.in_features)), (_key(n, '1.weight'), (o.out_features, o.rank))), at[o.name], o)
-        res[t.file].append(p)
-    names = [n for ps in res.values() for p in ps for n,_ in p.outs]
-    if len(set(names)) < len(names): raise ValueError(f'{max(names, key=names.count)!r} would be written twice: the checkpoint holds such a name already.')
-    return {f: sorted(ps, key=lambda p: (-p.itemsize, p.src.start)) for f,ps in res.items()}
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #890af98f
-def _new_header(pieces, meta):
-    "Header of the file with these pieces, and where each piece ends in it"
-    head,ends,at = {'__metadata__': meta},[],0
-    for p in pieces:
-        for (n,shape),size in zip(p.outs, p.sizes):
-            head[n] = dict(dtype=p.src.dtype, shape=list(shape), data_offsets=[at, at+size])
-            at += size
-        ends.append(at)
-    js = json.dumps(head, ensure_ascii=False, separators=(',', ':')).encode()
-    js += b' '*(-len(js) % 8)
-    return len(js).to_bytes(8, 'little') + js, [8 + len(js) + e for e in ends]
-
-def _resumed(part, log, head, ends):
-    "How many pieces of the unfinished file `part` are on the disk"
-    if not (part.is_file() and log.is_file()): return 0
-    with open(part, 'rb') as f: same = f.read(len(head)) == head
-    lines = [int(l) for l in log.read_text().split('\n')[:-1] if l.isdigit()]
-    safe = min(max(lines, default=0), part.stat().st_size) if same else 0
-    return sum(e <= safe for e in ends)
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #3d87a1ea
-_SYNC = 2**26       # bytes of copied tensors after which the disk is waited for
-
-def _write_shard(path, pieces, meta, meter, device='cpu'):
-    "Write one file, going on where an earlier run stopped; it gets its name when it is whole"
-    part,log = path.with_name(path.name+'.partial'),path.with_name(path.name+'.log')
-    head,ends = _new_header(pieces, meta)
-    done = _resumed(part, log, head, ends)
-    with open(part, 'r+b' if done else 'wb') as f, open(log, 'a' if done else 'w') as l:
-        if not done: f.write(head)
-        f.truncate(f.seek(ends[done-1] if done else len(head)))
-        synced = f.tell()
-        for i,(p,end) in enumerate(zip(pieces, ends)):
-            if i < done: meter.skip(); continue
-            for b in p.data(device): f.write(b)
-            if p.site is not None or end - synced > _SYNC: synced = _synced(f, l)
-            meter.step()
-        _synced(f, l)
-    os.replace(part, path)
-    log.unlink()
-
-def _synced(f, log):
-    "Wait for the disk, then say so"
-    f.flush()
-    os.fsync(f.fileno())
-    log.write(f'\n{f.tell()}\n')     # what stands before may be half a number
-    log.flush()
-    return f.tell()
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #58a0e7a0
-_PLAN = 'fasterai.plan'     # key in the metadata of every file that is written
-
-class _Run:
-    "The folder `DST.partial`: notes of a run, and in `out` what it has written"
-    def __init__(self, dst: Path): self.dst,self.path,self.lock = dst,dst.with_name(dst.name+'.partial'),None
-    @property
-    def out(self) -> Path: return self.path/'out'
-    @property
-    def begun(self) -> bool: return self.out.is_dir() and any(f.suffix != '.json' for f in self.out.iterdir())
-
-    def start(self, ck, overwrite):
-        "Make the folder, or go on in the one that is there"
-        self.path.mkdir(exist_ok=True)
-        self.lock = open(self.path/'lock', 'w')
-        try: fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise ValueError(f'another process is writing to {self.path}.') from None
-        f,now = self.path/'source.json',dict(path=str(ck.path.resolve()), files=ck.identity)
-        try: same = json.loads(f.read_text()) == now
-        except (OSError, ValueError): same = False
-        if not same and self.begun and not overwrite: raise self._other(f'from another source, or {ck.path} has changed since')
-        if not same: self.clear()
-        self.out.mkdir(exist_ok=True)
-        f.write_text(json.dumps(now))
-
-    def _other(self, why): return ValueError(f'{self.path} holds an unfinished run {why}. Finish it with the arguments it was started with, '
-                                             'or pass overwrite=True to start anew.')
-
-    def clear(self):
-        "Forget everything but the lock"
-        for f in self.path.iterdir():
-            if f.is_dir(): shutil.rmtree(f)
-            elif f.name != 'lock': f.unlink()
-
-    def close(self):
-        if self.lock: self.lock.close()
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #dfd4e4f5
-@patch
-def looks(self:_Run) -> list[_Look]:
-    "What earlier runs have noted; a line cut off by the end of a process is left out"
-    res = []
-    for line in [l for f in sorted(self.path.glob('looks.*')) for l in f.read_text().split('\n')]:
-        try: n,zero,spec = json.loads(line)
-        except ValueError: continue
-        res.append(_Look(n, zero, spec and tuple(spec)))
-    return res
-
-@patch
-def note(self:_Run, look: _Look, rank: int):
-    "Add a line"
-    with open(self.path/f'looks.{rank}', 'a') as f: f.write('\n'+json.dumps([look.name, look.zero, look.spectrum])+'\n')  # the line before may be cut off
-
-@patch
-def agree(self:_Run, plan: DecompositionPlan, overwrite: bool) -> set[str]:
-    "Keep the plan; files written by another one must not be mixed with it. What is done already"
-    f = self.out/'plan.json'
-    try: same = DecompositionPlan.load(f) == plan
-    except (OSError, ValueError): same = False
-    if not same and self.begun:
-        if not overwrite: raise self._other('with another plan')
-        shutil.rmtree(self.out)
-        self.out.mkdir()
-    plan.save(f, overwrite=True)
-    return {f.name for f in self.out.glob('*.safetensors')}
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #5beddedc
-_WEIGHTS = ('.safetensors','.bin','.pt','.pth','.ckpt','.h5','.msgpack','.onnx','.gguf','.index.json')
-
-def _finish(run, ck, pieces, single):
-    "Write the index, copy what else lies in the folder, and give the result its name"
-    if json.loads((run.path/'source.json').read_text())['files'] != ck.identity: raise ValueError(f'{ck.path} was changed during the run. Remove {run.path}.')
-    if single:
-        os.replace(run.out/next(iter(pieces)).name, run.dst)
-    else:
-        if ck.index:
-            d = json.loads(ck.index.read_text(encoding='utf-8'))
-            meta = {k: v for k,v in (d.get('metadata') or {}).items() if k != 'total_parameters'}
-            sizes = {n: (f.name, s) for f,ps in pieces.items() for p in ps for (n,_),s in zip(p.outs, p.sizes)}
-            d |= dict(metadata=meta | dict(total_size=sum(s for _,s in sizes.values())), weight_map={n: f for n,(f,_) in sorted(sizes.items())})
-            (run.out/ck.index.name).write_text(json.dumps(d, indent=2)+'\n', encoding='utf-8')
-        if ck.path.is_dir():
-            for f in ck.path.iterdir():
-                if f.is_file() and f.name[0] != '.' and not f.name.endswith(_WEIGHTS) and f.name != 'plan.json': shutil.copyfile(f, run.out/f.name)
-        if run.dst.exists(): os.rename(run.dst, run.path/'replaced')
-        os.rename(run.out, run.dst)
-    run.close()
-    shutil.rmtree(run.path)
-
-# %% ../../nbs/lowrank/checkpoint.ipynb #7148c438
-def _target(src, dst, ck, overwrite):
-    "Where to write, and whether it is one file; raises where that would destroy something"
-    src,dst = Path(src).absolute(),Path(dst).absolute()
-    single = dst.name.endswith('.safetensors')
-    if single and src.is_dir(): raise ValueError(f'{src} is a folder, so dst is one too: leave out .safetensors, got {dst}.')
-    if dst.resolve() == src.resolve() or src.resolve() in dst.resolve().parents or dst.resolve() in src.resolve().parents:
-        raise ValueError(f'dst must lie outside of src, got {dst}.')
-    if not dst.parent.is_dir(): raise FileNotFoundError(f'the folder {dst.parent} does not exist.')
-    if not dst.exists(): return dst,single
-    if not overwrite: raise FileExistsError(f'{dst} exists. Pass overwrite=True to replace it.')
-    if dst.is_dir() == single: raise FileExistsError(f'{dst} exists and is a {"folder" if single else "file"}. Remove it first.')
-    if dst.is_dir() and any(dst.iterdir()) and not any(_PLAN in _header(f)[1] for f in dst.glob('*.safetensors')):
-        raise FileExistsError(f'{dst} is not a decomposed checkpoint, so it is not replaced. Remove it first.')
-    return dst,single
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #8a312950
 @torch.no_grad()
@@ -556,8 +89,8 @@ class _Job:
         self.policy,self.overwrite,self.ck = policy,overwrite,_open(src)
         if any(_PLAN in m for m in self.ck.metas.values()): raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
         dst,self.single = _target(src, dst, self.ck, overwrite)
-        self.run,self.device,(self.net,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
-        self.sites,self.keys,self.why = _sites(self.net, self.ck, types)
+        self.run,self.device,(self.net,self.seen,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
+        self.sites,self.keys,self.why = _sites(self.net, self.seen, types)
         self.left_out = _left_out(self.net, self.sites, layers, exclude, policy)
         self.stored = {n: self.ck.tensors[_key(ks[0], 'weight')] for n,ks in self.keys.items()}
 
@@ -592,17 +125,19 @@ def write(self:_Job, plan, done):
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #6cc2014e
 def _plan_of(ck):
-    "The plan in the metadata, the same in all files"
-    texts = {f: m.get(_PLAN) for f,m in ck.metas.items()}
+    "The plan in the metadata, the same in all files; where they hold none, in plan.json beside them"
+    texts,beside = {f: m.get(_PLAN) for f,m in ck.metas.items()},(ck.path if ck.path.is_dir() else ck.path.parent)/'plan.json'
+    if not any(texts.values()) and beside.is_file(): return DecompositionPlan.load(beside)
     for f,t in texts.items():
-        if t is None: raise ValueError(f'{f} holds no plan: it was not written by decompose_checkpoint.')
+        if t is None: raise ValueError(f'{f} holds no plan: it was not written by decompose_checkpoint, and no plan.json lies beside it.')
         if t != texts[next(iter(texts))]: raise ValueError(f'{f.name} and {next(iter(texts)).name} come from different runs. Decompose again.')
     return DecompositionPlan.from_json(t, where=f'the plan in {f}')
 
-def _as_in(model, plan):
-    "`plan` with what only the model knows, for one made from names alone: which class a layer has, who reads its weight"
-    sites = {s.name: s for s in find_linears(model)}
+def _as_in(model, plan, rename):
+    "`plan` with what only the model knows, for one made from names alone: its names, which class a layer has, who reads its weight"
+    sites = {n: s for s in find_linears(model) for n in s.names}
     def f(o):
+        if o.name not in sites: o = replace(o, name=rename(_key(o.name, 'weight'))[0].removesuffix('weight').removesuffix('.'), aliases=())
         if (s := sites.get(o.name)) is None: return o
         plain = o.kind == 'Linear' and isinstance(s.module, nn.Linear)
         return replace(o, kind=s.kind if plain else o.kind, readable=s.reader is not None)
@@ -616,14 +151,33 @@ def _emptied(model):
         memo[id(p)] = metas.setdefault(key, nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad))
     with torch.inference_mode(False), torch.no_grad(), _Detached(): return copy.deepcopy(model, memo)
 
-def _tensors(model, ck, device):
+# %% ../../nbs/lowrank/checkpoint.ipynb #4dc6983e
+_PARTS = {'0.weight': 'weight', '1.weight': 'weight', '1.bias': 'bias'}     # of a pair, and of the layer it was
+
+def _with_pairs(rename, plan, names):
+    "`rename` for a checkpoint with the pairs of `plan`: a part of a pair is called after the layer that it was"
+    at = {n for o in plan.replaced for n in o.names}
+    own = {_key(n, p) for n in at for p in _PARTS} & names
+    def f(k):
+        for part,whole in _PARTS.items():
+            if k != part and not k.endswith(f'.{part}'): continue
+            name,converter,_ = rename(k.removesuffix(part) + whole)
+            if converter is None and (n := name.removesuffix(whole).removesuffix('.')) in at: return _key(n, part), None, None
+        return (k, None, None) if k in own else rename(k)
+    return f
+
+def _tensors(model, seen, device):
     "Name in the state dict -> tensor; tied names get one"
-    res,want = {},model.state_dict(keep_vars=True)
+    res,want,made = {},model.state_dict(keep_vars=True),{}
+    def get(k):
+        if k in seen.direct: return seen.direct[k].read().to(device)
+        if k not in made: made.update(seen.mixed[k].tensors())
+        return made.pop(k).to(device).clone(memory_format=torch.contiguous_format)   # it may be a slice of another
     for names in _groups(model):
-        have = [k for k in names if k in ck.tensors]
-        t = ck.tensors[have[0]].read().to(device)
+        have = [k for k in names if k in seen.shapes]
+        t = get(have[0])
         for k in have[1:]:
-            if not torch.equal(ck.tensors[k].read().to(device), t): raise ValueError(f'{have[0]!r} and {k!r} are tied in the model, but differ in {ck.path}.')
+            if not torch.equal(get(k), t): raise ValueError(f'{have[0]!r} and {k!r} are tied in the model, but differ in {seen.path}.')
         old = want[names[0]]
         if isinstance(old, nn.Parameter): t = nn.Parameter(t, old.requires_grad and t.is_floating_point())
         res |= dict.fromkeys(names, t)
@@ -632,21 +186,23 @@ def _tensors(model, ck, device):
 # %% ../../nbs/lowrank/checkpoint.ipynb #a5852243
 def load_decomposed(
     model: nn.Module|Callable[[],nn.Module]|None,   # function that builds the dense model, a dense model, or None where config.json says it
-    path: str|os.PathLike,                          # written by `decompose_checkpoint`
+    path: str|os.PathLike,                          # written by `decompose_checkpoint`; or any checkpoint of a decomposed model, with the plan as plan.json beside it
     *,
     device: torch.device|str|None = None,           # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                     # a new model, in the mode (training or not) of the dense one, dtypes from the file
     "The model in a decomposed checkpoint, without any SVD; loads strictly"
     ck = _open(path)
     plan = _plan_of(ck)
-    if model is None and (model := _from_config(ck.path)) is None:
-        raise ValueError(f'{path} has no config.json that transformers knows. Pass model=, a function that builds the dense model.')
+    if model is None and isinstance(model := _from_config(ck.path), str): raise ValueError(f'{model}. Pass model=, a function that builds the dense model.')
     net = _build(model)
     if device is None: device = next((p.device for p in net.parameters() if not p.is_meta), 'cpu')
-    small = _as_in(net, plan).skeleton(_emptied(net))
-    _check_match(small, {k: t.shape for k,t in ck.tensors.items()}, ck.path)
-    if (lost := [n for n,b in small.named_buffers() if b.is_meta and n not in small.state_dict()]):
+    rename = _renamer(net, ck.tensors)
+    plan = _as_in(net, plan, rename)
+    small = plan.skeleton(_emptied(net))
+    names = small.state_dict().keys()
+    seen = _matched(names, ck, _with_pairs(rename, plan, names), net)
+    _check_match(small, seen)
+    if (lost := [n for n,b in small.named_buffers() if b.is_meta and n not in names]):
         raise ValueError(f'{lost[0]!r} is in no checkpoint and holds no data (meta device). Pass a function that builds the model, not a model on the meta device.')
-    sd = _tensors(small, ck, device)
-    small.load_state_dict(sd, assign=True)
+    small.load_state_dict(_tensors(small, seen, device), assign=True)
     return small.to(device)

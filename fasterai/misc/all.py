@@ -1,4 +1,5 @@
 "Everything public: `from fasterai.misc.all import *`"
+from fasterai.core.files import *
 from fasterai.core.modules import *
 from fasterai.core.batches import *
 from fasterai.core.budget import *
@@ -10,5 +11,7 @@ from fasterai.lowrank.plan import *
 from fasterai.misc.fc_decomposer import *
 from fasterai.lowrank.report import *
 from fasterai.lowrank.learner import *
+from fasterai.lowrank.names import *
+from fasterai.lowrank.shards import *
 from fasterai.lowrank.checkpoint import *
 from fasterai.lowrank.cli import *
