@@ -41,22 +41,29 @@ def _square(x):
     return torch.linalg.vector_norm(_double(x) if x.device.type == 'mps' else x, dtype=torch.float64).square()
 
 # %% ../../nbs/lowrank/calibrate.ipynb #bb457d97
+_FEW  = 64      # up to this many rows are held, so that what is estimated from sums alone is exact where it matters most
+_LOOK = 1024    # rows that are looked at for repetitions
+
 class _Moments:
     "Running sums of rows (N, d): mean, trace of the covariance; with `gram` the covariance itself, with `sketch` its product with a few vectors"
-    def __init__(self, gram: bool, centred: bool = True, sketch: bool = False):
-        self.want,self.centred,self.sketch,self.n,self.shift,self.sum,self.sq = gram,centred,sketch and not gram,0,None,0.,0.
+    def __init__(self, gram: bool, centred: bool = True, sketch: bool = False, look: bool = False):
+        self.want,self.centred,self.sketch,self.look = gram,centred,sketch and not gram,look
+        self.n,self.shift,self.sum,self.sq = 0,None,0.,0.
         self.G,self.Y,self.Z,self.buf,self.held = None,None,None,[],0
+        self.few,self.first = [] if self.sketch else None,[]
 
     def add(self, x: torch.Tensor): # (N, d), finite
         if len(x) == 0: return
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.shift is None: self.shift = x.mean(0) if self.centred else x.new_zeros(x.shape[1])
         d = x - self.shift if self.centred else x
+        if self.look and self.n < _LOOK: self.first.append(_checksums(x[:_LOOK-self.n]))
         self.n += len(d)
         self.sum = self.sum + _double(d.sum(0))
         if self.sketch:
             if self.Z is None: self.Z = _signs(d)
             self.Y = _double(d.T @ (d @ self.Z)) + (0. if self.Y is None else self.Y)
+            self.few = None if self.few is None or self.n > _FEW else self.few + [_double(d)]
         if not self.want: self.sq = self.sq + _square(d); return
         self.buf.append(d)
         self.held += len(d)
@@ -77,13 +84,28 @@ def _signs(like):
     Z = torch.randint(2, (d, _SKETCH), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     return (2*Z - 1).to(like)
 
+# %% ../../nbs/lowrank/calibrate.ipynb #5b1f0c22
+def _checksums(x):
+    "One number for each row of `x` (N, d), on the CPU, and what rounding may change of it"
+    x = _double(x)
+    return torch.stack([x @ torch.cos(torch.arange(x.shape[1], dtype=x.dtype, device=x.device)), x.norm(dim=1)]).cpu()
+
+def _different(parts, eps):
+    "How many different rows there are, where the rows come again and again; 0 where they do not"
+    if not parts: return 0
+    v,size = torch.cat(parts, 1)
+    v = v.sort().values
+    starts = torch.cat([torch.ones(1, dtype=torch.bool), v.diff() > 16*eps*size.max()]).nonzero().flatten()
+    counts = torch.cat([starts, torch.tensor([len(v)])]).diff().double()
+    return len(counts) if counts.mean() >= 2 and counts.var(correction=0) < counts.mean()/2 else 0
+
 # %% ../../nbs/lowrank/calibrate.ipynb #e5252881
 @patch
 def about(self:_Moments, shift):
     "The same sums about the point `shift`"
     self.flush()
-    res,e = _Moments(self.want, self.centred, self.sketch),_double(self.shift) - _double(shift)
-    res.n,res.shift = self.n,shift
+    res,e = _Moments(self.want, self.centred, self.sketch, self.look),_double(self.shift) - _double(shift)
+    res.n,res.shift,res.first,res.few = self.n,shift,self.first,None if self.few is None else [o + e for o in self.few]
     res.sum,res.sq = self.sum + self.n*e,self.sq + 2*(e @ self.sum) + self.n*(e @ e)
     if self.G is not None:
         res.G = self.G + torch.outer(self.sum, e) + torch.outer(e, self.sum) + self.n*torch.outer(e, e)
@@ -100,22 +122,26 @@ def _merge(parts):
     for p in (res, *rest):
         if p.Y is None and p.G is not None: p.Y = p.G @ _signs(p.sum)     # some parts may have no more
     for p in rest:
-        for k in ('n','sum','sq'): setattr(res, k, getattr(res, k) + getattr(p, k))
-        for k in ('G','Y'): setattr(res, k, None if getattr(res, k) is None or getattr(p, k) is None else getattr(res, k) + getattr(p, k))
+        for k in ('n','sum','sq','first'): setattr(res, k, getattr(res, k) + getattr(p, k))
+        for k in ('G','Y','few'): setattr(res, k, None if getattr(res, k) is None or getattr(p, k) is None else getattr(res, k) + getattr(p, k))
     return res
 
 @patch
 def mean(self:_Moments): return _double(self.shift) + self.sum/self.n
 @patch
+def _off(self:_Moments): return self.sum/self.n*self.centred      # from the shift to the point that moments are about
+@patch
 def trace(self:_Moments):
     self.flush()
-    return max(0., float(self.sq/self.n - (self.sum/self.n).square().sum()))
+    return max(0., float(self.sq/self.n - self._off().square().sum()))
 @patch
 def cov(self:_Moments):
-    "Covariance (d, d)"
+    "Covariance (d, d); second moments where it is not `centred`"
     self.flush()
-    mu = self.sum/self.n
+    mu = self._off()
     return self.G.div(self.n).sub_(torch.outer(mu, mu))
+@patch
+def distinct(self:_Moments): return _different(self.first, torch.finfo(self.shift.dtype).eps)
 
 # %% ../../nbs/lowrank/calibrate.ipynb #927d9eb2
 def oas_shrinkage(
@@ -123,21 +149,28 @@ def oas_shrinkage(
     n: int,         # features
     tr: float,      # trace of the sample covariance C
     tr2: float,     # trace of C²
+    *,
+    centred: bool = True, # was the mean estimated from the same rows?
 ) -> float:         # λ between 0 and 1
-    "How far to shrink a sample covariance towards the identity"
-    den = (N + 1)*(tr2 - tr*tr/n)
-    return 1. if den <= 0 else min(1., (tr2 + tr*tr)/den)
+    "How far to shrink a sample covariance towards the identity: OAS, corrected for few rows"
+    v = N - centred
+    den = (v - 1)*(v + 2)*(tr2 - tr*tr/n)
+    return 1. if v < 2 or den <= 0 else min(1., ((v - 2)*tr2 + v*tr*tr)/den)
 
 @patch
-def shrinkage(self:_Moments):
-    if self.n < 2: return 1.
-    tr,n = self.trace(),len(self.shift)
+def shrinkage(self:_Moments, most: int|None = None):
+    "λ, from at most `most` rows that are independent of each other"
+    N,n = min(self.distinct() or self.n, most or self.n),len(self.shift)
     self.flush()
+    tr,mu = self.trace(),self._off()
     if self.G is not None: tr2 = self.cov().square().sum()
+    elif self.few is not None:
+        d = torch.cat(self.few) - mu
+        tr2 = (d @ d.T/self.n).square().sum()
     else:
-        mu,Z = self.sum/self.n,_signs(self.sum)
+        Z = _signs(self.sum)
         tr2 = (self.Y/self.n - torch.outer(mu, mu @ Z)).square().sum()/Z[0].square().sum()     # E ‖Cz‖² = tr C²
-    return oas_shrinkage(self.n, n, tr, max(float(tr2), tr*tr/n))
+    return oas_shrinkage(N, n, tr, max(float(tr2), tr*tr/n), centred=self.centred)
 
 # %% ../../nbs/lowrank/calibrate.ipynb #108a612e
 Sensitivity = Literal['full','diag']
@@ -154,6 +187,23 @@ class LayerStats:
     positions: float = 1.           # rows per item of a batch
     sens: torch.Tensor|None = None  # H (m, m) if m <= n, else WᵀHW (n, n); or the diagonal of H (m,); None where it is not known: H = I
     sens_mean: float = 0.           # mean of the diagonal of H
+    sens_shrink: float = 0.         # shrinkage λ of H
+    distinct: int = 0               # different rows, where they came again and again; 0 where they did not
+    lost: int = 0                   # further rows left out of H: their gradient is not finite
+
+    @property
+    def independent(self) -> int: return self.distinct or self.rows     # rows that are no repetition
+    @property
+    def varies(self) -> bool: return self.independent > 1 and self.trace > 0
+    @property
+    def trust(self) -> float:
+        "Share of the mean that is believed: James–Stein, 0 where the rows do not vary"
+        square = float(self.mean.square().sum())
+        return max(0., 1 - self.trace/(self.independent - 1)/square) if self.varies and square else 0.
+    @property
+    def few(self) -> bool:
+        "Are these rows too few to say much: fewer than features, and most of the covariance assumed?"
+        return self.independent < len(self.mean) and self.shrink > .5
 
 class Calibration(Mapping):
     "Statistics of all layers that were reached: name -> `LayerStats`"
@@ -178,26 +228,36 @@ _SHARE_UP_TO = 1024     # larger square layers: going from the inputs' covarianc
 
 def _on_inputs(s): return s.out_features > s.in_features or s.out_features == s.in_features <= _SHARE_UP_TO
 
+def _most(dtype): return torch.finfo(torch.promote_types(dtype, torch.float32)).max**.45    # sums of squares of what is larger may overflow
+
+def _fine(t):
+    "Which rows of `t` (N, d) can be counted, None for all"
+    if not t.numel(): return None
+    lo,hi = t.aminmax()     # two numbers instead of a mask as large as `t`
+    most = _most(t.dtype)
+    return None if -most < lo and hi < most else (t.abs() < most).all(1)    # NaN is not less
+
 class _Collector:
     "Sums of all layers while the model runs"
     def __init__(self, sites, sensitivity, probes):
         self.sites,self.sensitivity,self.probes = {s.name: s for s in sites},sensitivity,probes
         self.inputs,self.outputs = {},{s.name: _Moments(True) for s in sites if not _on_inputs(s)}
         self.sens,self.dropped = {},dict.fromkeys(self.sites, 0)
+        self.grads = {n: [0, 0] for n in self.sites}    # rows with a finite gradient, rows that should have one
         self.last,self.group,self.mask,self.edges = None,(),None,[]
-        self.z,self.items,self.calls,self.batch,self.probed,self.replay = {},0,0,0,set(),False
+        self.z,self.nz,self.items,self.calls,self.batch,self.probed,self.replay = {},{},0,0,0,set(),False
+
+    def _real(self, t):
+        "Rows of `t` that are no padding, None for all"
+        lead = t.shape[:-1]
+        return self.mask.flatten() if self.mask is not None and self.mask.numel() == lead.numel() and (lead == self.mask.shape or len(lead) == 1) else None
 
     def _keep(self, t, name):
         "Rows of `t` to count, None for all"
-        lead,keep = t.shape[:-1],None
-        if self.mask is not None and self.mask.numel() == lead.numel() and (lead == self.mask.shape or len(lead) == 1): keep = self.mask.flatten()
-        t = t.detach().as_subclass(torch.Tensor).reshape(-1, t.shape[-1])
-        if not t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).isfinite():
-            fine = t.isfinite().all(1)
-            if keep is not None: fine = fine | ~keep     # padding is not counted as dropped
-            if name is not None: self.dropped[name] += int((~fine).sum())
-            keep = fine if keep is None else fine & keep
-        return keep
+        keep,fine = self._real(t),_fine(t.detach().as_subclass(torch.Tensor).reshape(-1, t.shape[-1]))
+        if fine is None: return keep
+        if name is not None: self.dropped[name] += int((~fine if keep is None else ~fine & keep).sum())     # padding is not counted as dropped
+        return fine if keep is None else fine & keep
 
 # %% ../../nbs/lowrank/calibrate.ipynb #2f39c2dd
 @patch
@@ -207,21 +267,28 @@ def see(self:_Collector, s, x, y):
     version = None if x.is_inference() else x._version
     if self.last is None or self.last[0] is not x or version is None or self.last[1] != version or s.name in self.group:
         self.commit()
-        keep = self._keep(x, s.name)
-        self.last,self.group = (x, version, keep, _rows(x, keep).clone()),()     # a copy: the model may change x in place
-    self.group += (s.name,)
+        keep,real = self._keep(x, None),self._real(x)
+        total = x.numel()//x.shape[-1] if real is None else int(real.sum())
+        self.last,self.group = (x, version, keep, _rows(x, keep).clone(), total),()     # a copy: the model may change x in place
+    keep,rows,total = self.last[2:]
+    fine = _fine(y := _rows(y, keep))
+    self.dropped[s.name] += total - len(rows) + (0 if fine is None else int((~fine).sum()))
+    if fine is None: self.group += (s.name,)
+    else:       # overflow: this layer does without rows that others can take
+        y = y[fine]
+        self._count(frozenset([s.name]), rows[fine])
     if s.name in self.outputs:
-        keep = self.last[2]
-        y = _rows(y, keep)
-        if not y.sum(dtype=torch.promote_types(y.dtype, torch.float32)).isfinite(): y = y[y.isfinite().all(1)]   # overflow
         with _exact_products(y.device): self.outputs[s.name].add(y)
 
 @patch
 def commit(self:_Collector):
     "Count the last input, once for all layers that took it"
-    if self.last is None: return
-    rows,key,self.last = self.last[3],frozenset(self.group),None
-    if key not in self.inputs: self.inputs[key] = _Moments(any(n not in self.outputs for n in key), sketch=True)
+    if self.last is not None and self.group: self._count(frozenset(self.group), self.last[3])
+    self.last,self.group = None,()
+
+@patch
+def _count(self:_Collector, key, rows):
+    if key not in self.inputs: self.inputs[key] = _Moments(any(n not in self.outputs for n in key), sketch=True, look=True)
     with _exact_products(rows.device): self.inputs[key].add(rows)
 
 def _rows(t, keep):
@@ -236,34 +303,46 @@ def probe(self:_Collector, s, y):
     if not y.requires_grad: y = y.detach().requires_grad_().clone()
     if self.replay: return y
     self.probed.add(s.name)
-    self.edges.append((s, get_gradient_edge(y), y.shape, self.last[2]))   # an edge stays right where `y` is changed in place later
+    self.edges.append((s, get_gradient_edge(y), y.shape, self.last[2], self.last[4]))   # an edge stays right where `y` is changed in place later
     return y
 
 @patch
 def backward(self:_Collector, zs, vs=None, scaled=True):
     "Add the gradients of the sum of all `z*v` at every layer to its H; are they in the unit of H?"
     self.replay = True      # checkpointed parts run again now, which is not to be counted
-    try: gs = torch.autograd.grad(zs, [e for _,e,_,_ in self.edges], vs, allow_unused=True) if self.edges else ()
+    try: gs = torch.autograd.grad(zs, [o[1] for o in self.edges], vs, allow_unused=True) if self.edges else ()
     finally: self.replay = False
-    for (s,_,shape,keep),g in zip(self.edges, gs):
-        if g is not None: self._add_grad(s, _rows(g.reshape(shape), keep), scaled)
+    for (s,_,shape,keep,total),g in zip(self.edges, gs):
+        if g is None: continue
+        g = _rows(g.reshape(shape), keep)
+        g = g if (fine := _fine(g)) is None else g[fine]
+        self._add_grad(s, g, scaled)
+        self.grads[s.name] = [a + b for a,b in zip(self.grads[s.name], (len(g), total))]
     self.edges = []
 
 # %% ../../nbs/lowrank/calibrate.ipynb #ed19c8d8
 class _Gradients:
-    "Running sums of gradients: squares, and products of all pairs or only the diagonal"
-    def __init__(self, full): self.total,self.diag,self.G = 0.,0.,_Moments(True, centred=False) if full else None
+    "Running sums of gradients: squares, and products of all pairs or only the diagonal; `tall`: the pairs are of another side than the gradients"
+    def __init__(self, full, tall=False):
+        self.n,self.total,self.diag,self.G = 0,0.,0.,_Moments(True, centred=False) if full else None
+        self.T = _Moments(False, centred=False, sketch=True) if full and tall else None
     def add(self, g, small):     # rows (N, m), and on the smaller side
-        self.total = self.total + _square(g)
+        self.n,self.total = self.n + len(g),self.total + _square(g)
+        if self.T is not None: self.T.add(g)
         if self.G is not None: self.G.add(small)
         else: self.diag = self.diag + _double(g.square().sum(0))
     def H(self):
         if self.G is None: return self.diag
         self.G.flush()
         return self.G.G
-    def pool(self, G, d, device):   # sums of all ranks, the products already
+    def shrinkage(self, most):      # λ of H, from at most `most` independent rows
+        if self.G is not None: return (self.T or self.G).shrinkage(most)
+        N,off = min(self.n, most),(self.diag - self.diag.mean()).square().sum()
+        return 1. if N < 2 or not off else min(1., float(2/(N + 2)*self.diag.square().sum()/off))
+    def pool(self, G, T, d, device):   # sums of all ranks, the products already
         zeros = torch.zeros(d, dtype=torch.float64, device=device)
-        self.total,self.G = summed(zeros.new_zeros(()) + self.total),G
+        self.total,self.G,self.T = summed(zeros.new_zeros(()) + self.total),G,T
+        self.n = sum(gathered(self.n))
         if G is None: self.diag = summed(zeros + self.diag)
         return self
 
@@ -273,11 +352,10 @@ MAX_DENSE_SENS = 8192   # a dense H larger than this becomes its diagonal
 @torch.no_grad()
 def _add_grad(self:_Collector, s, g, scaled):
     g = g.to(torch.promote_types(g.dtype, torch.float32))
-    full = self.sensitivity == 'full' and min(s.in_features, s.out_features) <= MAX_DENSE_SENS
+    full,tall = self.sensitivity == 'full' and min(s.in_features, s.out_features) <= MAX_DENSE_SENS,s.out_features > s.in_features
     key = s.name,scaled
-    if key not in self.sens: self.sens[key] = _Gradients(full)
-    with _exact_products(g.device):
-        self.sens[key].add(g, g @ s.weight.to(g.dtype) if full and s.out_features > s.in_features else g)
+    if key not in self.sens: self.sens[key] = _Gradients(full, tall)
+    with _exact_products(g.device): self.sens[key].add(g, g @ s.weight.to(g.dtype) if full and tall else g)
 
 # %% ../../nbs/lowrank/calibrate.ipynb #b0dbdf23
 def _outputs(z) -> list[torch.Tensor]:
@@ -304,16 +382,18 @@ def end(self:_Collector, z):
 
 def _variation(z):
     "What an error of the outputs of moments `z` is relative to: Σ‖z - mean‖²/N, or Σ‖z‖²/N where they do not vary"
-    return z.trace() or float(_double(z.shift).square().sum()) or 1.
+    return z.n and (z.trace() or float(_double(z.shift).square().sum())) or 1.
 
 @patch
 def _cotangent(self:_Collector, i, z, rng, many):
     """Random v for output `z`, such that E (vᵀδ)² is ‖δ‖²; of `many` outputs each is scaled by its variation in this batch, while that of
-    a single one is divided by in the end, over all batches. Nothing where `z` is padding"""
-    keep = self._keep(z, None) if self.mask is not None and self.mask.shape == z.shape[:-1] else None
-    here = _Moments(False)
+    a single one is divided by in the end, over all batches. Nothing where `z` is padding or not finite"""
+    masked = self.mask is not None and self.mask.shape == z.shape[:-1]
+    fine,here = _fine(_rows(z, None)),_Moments(False)
+    keep = fine if not masked else self.mask.flatten() if fine is None else self.mask.flatten() & fine
     with torch.no_grad():
         for o in (self.z.setdefault(i, _Moments(False)), here): o.add(_rows(z, keep))
+    self.nz[i] = self.nz.get(i, 0) + (int(self.mask.sum()) if masked else z.numel()//z.shape[-1])
     v = torch.randn(z.shape, generator=rng).to(z)
     if many and here.n: v = v*_variation(here)**-.5
     return v if keep is None else v*keep.view(*z.shape[:-1], 1)
@@ -421,15 +501,19 @@ def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, se
 # %% ../../nbs/lowrank/calibrate.ipynb #dcafd241
 def _pooled(parts: dict, device) -> dict:
     "Moments of the rows of all ranks, for every key that one of them has"
-    heads = gathered({k: (m.n, (m.want, m.centred, m.sketch), None if m.shift is None else m.shift.cpu()) for k,m in parts.items()})
+    heads = gathered({k: (m.n, (m.want, m.centred, m.sketch, m.look), None if m.shift is None else m.shift.cpu(), m.first,
+        None if m.few is None else [(o + _double(m.shift)).cpu() for o in m.few]) for k,m in parts.items()})
     return {k: _pool(parts.get(k), [h[k] for h in heads if k in h], device) for k in dict.fromkeys(k for h in heads for k in h)}
 
 def _pool(mine, heads, device):
     "Sum over ranks of moments `mine`, or none here, about the shift of the first rank that has rows"
     res = _Moments(*heads[0][1])
-    res.n,shift = sum(n for n,*_ in heads),next((s for n,_,s in heads if n), None)
+    res.n,shift = sum(n for n,*_ in heads),next((s for n,_,s,*_ in heads if n), None)
     if shift is None: return res
     res.shift,d = shift.to(device),len(shift)
+    res.first = [o for h in heads for o in h[3]]
+    fews = [o for h in heads if h[0] for o in (h[4] or [None])]
+    res.few = None if any(o is None for o in fews) or res.n > _FEW else [o.to(device) - _double(res.shift) for o in fews]
     mine = mine.about(res.shift) if mine is not None and mine.n else None
     shapes = dict(sum=(d,), sq=(), **(dict(G=(d, d)) if res.want else {}), **(dict(Y=(d, min(d, _SKETCH))) if res.sketch else {}))
     for k,shape in shapes.items(): setattr(res, k, summed(getattr(mine, k) if mine else torch.zeros(shape, dtype=torch.float64, device=device)))
@@ -441,23 +525,29 @@ def pool(self:_Collector):
     if world()[1] == 1: return
     device = next((_double(s.weight[:0]).device for s in self.sites.values()), torch.device('cpu'))
     self.inputs,self.outputs,self.z = (_pooled(o, device) for o in (self.inputs, self.outputs, self.z))
-    heads = gathered((self.dropped, self.probed, self.items, {k: (g.G is not None, len(g.diag) if torch.is_tensor(g.diag) else 0) for k,g in self.sens.items()}))
+    heads = gathered((self.dropped, self.grads, self.nz, self.probed, self.items,
+        {k: (g.G is not None, len(g.diag) if torch.is_tensor(g.diag) else 0) for k,g in self.sens.items()}))
     self.dropped = {n: sum(h[0][n] for h in heads) for n in self.dropped}
-    self.probed,self.items = set().union(*(h[1] for h in heads)),sum(h[2] for h in heads)
-    G = _pooled({k: g.G for k,g in self.sens.items() if g.G is not None}, device)
-    kinds = {k: o for h in heads for k,o in h[3].items()}
-    self.sens = {k: self.sens.get(k, _Gradients(full)).pool(G.get(k), d, device) for k,(full,d) in kinds.items()}
+    self.grads = {n: [sum(o) for o in zip(*(h[1][n] for h in heads))] for n in self.grads}
+    self.nz = {i: sum(h[2].get(i, 0) for h in heads) for h in heads for i in h[2]}
+    self.probed,self.items = set().union(*(h[3] for h in heads)),sum(h[4] for h in heads)
+    G,T = (_pooled({k: o for k,g in self.sens.items() if (o := getattr(g, a)) is not None}, device) for a in 'GT')
+    kinds = {k: o for h in heads for k,o in h[5].items()}
+    self.sens = {k: self.sens.get(k, _Gradients(full)).pool(G.get(k), T.get(k), d, device) for k,(full,d) in kinds.items()}
 
 # %% ../../nbs/lowrank/calibrate.ipynb #040a27c9
 def _sens(col, s):
-    "H of layer `s` on its smaller side, and the mean of its diagonal"
-    if s.name not in col.probed: return None, 0.
+    "H of layer `s` on its smaller side, the mean of its diagonal, its shrinkage; nothing where it is not known"
+    got,total = col.grads[s.name]
+    if s.name not in col.probed or (total and not got): return None, 0., 0.
     unit = _variation(col.z[min(col.z)]) if col.z else 1.
     parts = [(acc, 1. if scaled else 1/unit) for (name,scaled),acc in col.sens.items() if name == s.name]
-    total = sum(float(o.total)*f for o,f in parts)
-    if not total: return torch.zeros(s.out_features, dtype=torch.float64), 0.     # no effect on the output
-    n = col.items if col.probes is None else max(a.n for a in col.z.values())
-    return sum(o.H()*f for o,f in parts)/n, total/n/s.out_features
+    square = sum(float(o.total)*f for o,f in parts)
+    if not square: return torch.zeros(s.out_features, dtype=torch.float64), 0., 0.     # no effect on the output
+    n = col.items if col.probes is None else max(col.nz.values())
+    most = col.items if col.probes is None else max(a.n for a in col.z.values())
+    n = n*got/total     # as many as had a gradient that is finite
+    return sum(o.H()*f for o,f in parts)/n, square/n/s.out_features, max((o for o,_ in parts), key=lambda o: o.n).shrinkage(most)
 
 def _finish(col, batches):
     "Statistics from sums"
@@ -468,11 +558,11 @@ def _finish(col, batches):
         if x is None or not out.n:
             missing[name] = f'none of its {col.dropped[name]} rows is finite' if col.dropped[name] else 'not reached by the data'
             continue
-        if not math.isfinite(x.trace()): missing[name] = 'its inputs overflow'; continue
-        H,h = _sens(col, s)
+        H,h,lam = _sens(col, s)
         cov = out.cov()
         if s.in_features == s.out_features and name not in col.outputs: cov = _double(s.weight) @ cov @ _double(s.weight).T    # of the outputs, from that of the inputs
-        res[name] = LayerStats(x.n, x.mean(), cov, x.trace(), x.shrinkage(), col.dropped[name], x.n/max(1, col.items), H, h)
+        lost = max(0, col.grads[name][1] - col.grads[name][0] - col.dropped[name])
+        res[name] = LayerStats(x.n, x.mean(), cov, x.trace(), x.shrinkage(), col.dropped[name], x.n/max(1, col.items), H, h, lam, x.distinct(), lost)
         col.outputs.pop(name, None)     # sums are large: free what has been used
     return Calibration(res, batches=batches, missing=missing, sensitivity=(col.sensitivity or '') + (' of a loss' if col.probes is None else ''))
 

@@ -10,7 +10,7 @@ __all__ = ['Solver', 'SVD_BELOW', 'KRYLOV_BELOW', 'RIDGE', 'DAMPING', 'pick_solv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
-import numpy as np, torch
+import math, numpy as np, torch
 from scipy.linalg.blas import get_blas_funcs
 from scipy.linalg.lapack import get_lapack_funcs
 from threadpoolctl import threadpool_limits
@@ -23,6 +23,17 @@ SVD_BELOW = 256     # 'auto' takes torch.linalg.svd when the smaller side is at 
 KRYLOV_BELOW = 1/32 # 'krylov' is 'auto' for ranks that are a larger share of the smaller side: it is not faster there
 _CHUNK = 2**22      # elements of W converted to another precision at a time
 _TOL = 1e-8         # half of the digits of float64 must hold
+_SCALES = 2.**-400, 2.**400     # of singular values as they are shown: their squares are finite
+
+def _scale(W):
+    "1, or the power of 4 by which to divide `W` where squares of its own size would overflow or underflow"
+    most = max(abs(float(o)) for o in W.aminmax())
+    info = torch.finfo(torch.promote_types(W.dtype, torch.float32))
+    return 1. if not most or info.tiny**.4 <= most <= info.max**.4 else 4.**math.floor(math.log2(most)/2)
+
+def _divided_by(W, scale): return W if scale == 1 else W*scale**-.5*scale**-.5     # 1/scale alone may overflow
+
+def _shown(S, scale): return S if scale == 1 else S*min(max(scale, _SCALES[0]), _SCALES[1])
 
 def _check_solver(solver):
     if solver not in get_args(Solver): raise ValueError(f"solver must be 'auto', 'gram', 'svd' or 'krylov', got {solver!r}.")
@@ -94,10 +105,12 @@ def _top(G, k, room=None):
 
 # %% ../../nbs/lowrank/factorize.ipynb #12e4fd78
 def _solve(W, first, fns: dict[str,Callable], what):
-    "Result of the first of the solvers that neither fails nor gives a result out of tolerance (checked by the functions)"
+    "Result of the first of the solvers that neither fails nor gives a result out of tolerance (None), nor is too coarse for this weight (False)"
     for name in sorted(fns, key=lambda o: o != first):
         try:
-            if (res := fns[name](W)) is not None: return res
+            res = fns[name](W)
+            if res is False: continue       # expected of some weights, and no fault
+            if res is not None: return res
         except torch.linalg.LinAlgError: pass
         _warn_user(f"{what} of a {tuple(W.shape)} weight by solver='{name}' failed or did not pass the check.")
     raise torch.linalg.LinAlgError(f'no solver found the {what} of a {tuple(W.shape)} weight')
@@ -118,7 +131,10 @@ def spectrum(
     solver: Solver = 'auto',
 ) -> torch.Tensor:             # singular values (min(m, n),), descending, float64, on the CPU
     "Singular values of `W`"
-    return _solve(W.detach(), pick_solver(W, solver), dict(gram=_gram_values, svd=_svd_values), 'singular values')
+    W = W.detach()
+    scale = _scale(W)
+    S = _solve(_divided_by(W, scale), pick_solver(W, solver), dict(gram=_gram_values, svd=_svd_values), 'singular values')
+    return _shown(S, scale)
 
 # %% ../../nbs/lowrank/factorize.ipynb #f7df1d1f
 def trunc_error(
@@ -141,6 +157,7 @@ class Basis:
     mean: torch.Tensor|None = None          # mean input (n,), float64, for the shift of the bias; None for no shift
     errors: tuple[float,...]|None = None    # relative error at ranks 0 to r (0 to most), where that is not what S says
     weighted: bool = False                  # are errors in S comparable between layers?
+    scale: float = 1.                       # what W is divided by while factors are computed: not 1 where its size would overflow or underflow
 
     @torch.no_grad()
     def pair(self, 
@@ -160,12 +177,14 @@ class Basis:
         start = 0
         with _exact_products(Q.device):
             for c in _slices(self.W, P.dtype):
+                c = _divided_by(c, self.scale)
                 a,b,o = (P.T, c, A[:,start:start+c.shape[1]]) if m <= n else (c.T, P, B[start:start+c.shape[1]])
                 if o.dtype == P.dtype: torch.mm(a, b, out=o)
                 else: o.copy_(a @ b)
                 start += c.shape[1]
         c = _balancing(A, B)*sign                           # a sign goes to both sides
         A,B = A.mul_(c[:,None]),B.div_(c)
+        if self.scale != 1: A,B = A.mul_(self.scale**.5),B.mul_(self.scale**.5)
         if out is None: return _own(A, self.W.dtype), _own(B, self.W.dtype)
         for o,t in zip(out, (A, B)):
             if o is not t: o.copy_(t)
@@ -221,7 +240,7 @@ def residual(
 _EXCESS = 2e-6      # of the energy cut off
 
 def _by_gram(W, k, dtype):
-    "Basis of `k` directions by a Gram matrix in `dtype`, None where it is out of tolerance"
+    "Basis of `k` directions by a Gram matrix in `dtype`, None where it is out of tolerance, False where rounding hides what is cut off"
     room = torch.empty(min(W.shape)*k + 1, dtype=dtype)     # what stays is allocated before the work space, so that freeing that leaves no holes
     G = _lower_gram(W, dtype)
     trace = G.diagonal().double().sum().cpu()
@@ -231,7 +250,7 @@ def _by_gram(W, k, dtype):
     orth,fit,excess = _probe(W, Q, S)
     if not (np.max([orth, fit]) <= tol and (lam.sum() - trace).abs() <= tol*trace): return
     enough = orth**2 + excess <= _EXCESS*(lam[k:].sum()/lam.sum()).item() + torch.finfo(W.dtype).eps**2
-    return Basis(W, Q, Q, S, f'gram{8*dtype.itemsize}') if enough or (k == len(lam) and dtype == torch.float64) else None
+    return Basis(W, Q, Q, S, f'gram{8*dtype.itemsize}') if enough or (k == len(lam) and dtype == torch.float64) else False
 
 def _gram_basis(W, k):
     b = _by_gram(W, k, torch.float32) if k is not None and W.dtype != torch.float64 else None
@@ -291,14 +310,16 @@ def factorize(
         Q = torch.eye(r, out=_double(W.new_empty(r, r)))
         return Basis(W, Q, Q, torch.zeros(r, dtype=torch.float64), 'zero')
     if stats is not None: return _calibrated(W, stats, centred, solver)
+    scale = _scale(W)
     with _exact_products(W.device):
         fns = dict(gram=lambda W: _gram_basis(W, rank), svd=_svd_basis)
         if (first := pick_solver(W, solver, rank)) == 'krylov': fns = dict(krylov=lambda W: _krylov_basis(W, rank)) | fns
-        return _solve(W, first, fns, 'singular vectors')
+        b = _solve(_divided_by(W, scale), first, fns, 'singular vectors')
+    return b if scale == 1 else replace(b, W=W, S=_shown(b.S, scale), scale=scale)
 
 # %% ../../nbs/lowrank/factorize.ipynb #3130e182
 RIDGE   = 1e-6   # of the mean variance, added to C: directions no input took fall back to plain SVD
-DAMPING = 1e-2   # of the mean diagonal, added to H: no output is free
+DAMPING = 1e-2   # of the mean diagonal, added to H at least: no output is free
 
 def _times(W, v):
     "`W @ v` in float64 without a float64 copy of `W`"
@@ -306,6 +327,8 @@ def _times(W, v):
     res,start = 0.,0
     for c in _slices(W): res,start = res + c @ v[start:start+c.shape[1]],start + c.shape[1]
     return res
+
+def _damping(st): return max(st.sens_shrink, DAMPING)*st.sens_mean      # added to the diagonal of H, which itself counts for 1-λ
 
 def _root(M):
     "F with `F @ F.T = M`: the Cholesky factor, or where rounding made `M` indefinite, the one of its eigenvectors"
@@ -328,17 +351,18 @@ def _eig(M, W, solver):
 
 # %% ../../nbs/lowrank/factorize.ipynb #c7a88bae
 def _weight_gram(W, st):
-    "WᵀHW (n, n) of a tall weight, damped"
+    "WᵀHW (n, n) of a tall weight, shrunk"
     if st.sens is None: return gram(W)
-    if st.sens.ndim == 2: return st.sens.to(W.device) + DAMPING*st.sens_mean*gram(W)
-    h,G,start = st.sens.to(W.device) + DAMPING*st.sens_mean,0.,0
+    H = (1-st.sens_shrink)*st.sens.to(W.device)
+    if H.ndim == 2: return H + _damping(st)*gram(W)
+    h,G,start = H + _damping(st),0.,0
     for c in _slices(W): G,start = G + (c*h[start:start+c.shape[1]]) @ c.T,start + c.shape[1]
     return G
 
 def _out_root(st, m, device):
-    "F with H = FFᵀ, damped, of a wide weight; a vector if H is diagonal"
-    if st.sens.ndim == 1: return (st.sens.to(device) + DAMPING*st.sens_mean).sqrt()
-    return _root(st.sens.to(device) + DAMPING*st.sens_mean*torch.eye(m, dtype=torch.float64, device=device))
+    "F with H = FFᵀ, shrunk, of a wide weight; a vector if H is diagonal"
+    H = (1-st.sens_shrink)*st.sens.to(device)
+    return (H + _damping(st)).sqrt() if H.ndim == 1 else _root(H + _damping(st)*torch.eye(m, dtype=torch.float64, device=device))
 
 def _directions(W, st, S, solver):
     "L and R for the covariance `S` on the smaller side"
@@ -358,25 +382,32 @@ def _directions(W, st, S, solver):
     return torch.linalg.solve_triangular(F.T, U, upper=True), F @ U, name
 
 # %% ../../nbs/lowrank/factorize.ipynb #37206388
+def _shrunk(W, st, centred):
+    "What inputs are assumed to be on the smaller side, after few rows: covariance, or without bias second moments (m, m) or (n, n), shrunk"
+    dev,n,wide = _double(W[:0]).device,W.shape[1],W.shape[0] <= W.shape[1]
+    C,mean,white = st.cov.to(dev),st.mean.to(dev),(st.shrink+RIDGE)*(st.trace/n)
+    if not centred:     # of the mean, what is not believed counts in all directions alike
+        y,f = _times(W, mean) if wide else mean,st.trust
+        C,white = ((1-st.shrink)*C).addr(y, y, alpha=f*f),white + (1-f*f)*float(mean.square().sum())/n
+    else: C = (1-st.shrink)*C
+    return C + (white or 1.)*(gram(W) if wide else torch.eye(n, dtype=C.dtype, device=dev))
+
 def _calibrated(W, st, centred, solver):
-    (m,n),wide = W.shape,W.shape[0] <= W.shape[1]
+    wide = W.shape[0] <= W.shape[1]
+    if not st.varies: st = replace(st, sens=None)    # rows that do not vary say nothing about errors in other rows
     if st.sens is not None and not st.sens_mean:    # the output does not depend on this layer: its errors cost nothing
         b = _calibrated(W, replace(st, sens=None), centred, solver)
         E = torch.cat([b.S.square().flip(0).cumsum(0).flip(0), b.S.new_zeros(1)])
         return replace(b, S=torch.zeros_like(b.S), errors=tuple((E/E[0].clamp(min=1e-300)).sqrt().tolist()), weighted=True)
-    dev = _double(W[:0]).device
-    C,mean,t = st.cov.to(dev),st.mean.to(dev),st.trace/n or 1.
-    S = (1-st.shrink)*C + (st.shrink+RIDGE)*t*(gram(W) if wide else torch.eye(n, dtype=C.dtype, device=dev))
-    if not centred:
-        y = _times(W, mean) if wide else mean
-        C,S = C.addr(y, y),S.addr(y, y)     # second moments
+    S = _shrunk(W, st, centred)
     L,R,name = _directions(W, st, S, solver)
-    CR,errors = C @ R,None
+    SR,errors = S @ R,None
     if st.sens is not None:
-        T = (L.T @ (L if wide else gram(W) @ L))*(R.T @ CR)
+        T = (L.T @ (L if wide else gram(W) @ L))*(R.T @ SR)
         E = torch.cat([T.flip(0,1).cumsum(0).cumsum(1).diagonal().flip(0), T.new_zeros(1)]).clamp(min=0)
         errors = tuple((E/E[0].clamp(min=1e-300)).sqrt().tolist())
-    return Basis(W, L, R, (R*CR).sum(0).clamp(min=0).sqrt().cpu(), name, mean if centred else None, errors, st.sens is not None)
+    mean = st.trust*st.mean.to(S.device) if centred and st.trust else None
+    return Basis(W, L, R, (R*SR).sum(0).clamp(min=0).sqrt().cpu(), name, mean, errors, st.sens is not None, _scale(W))
 
 def shifted_bias(
     b: torch.Tensor,        # bias (m,) of the layer
@@ -384,7 +415,7 @@ def shifted_bias(
     A: torch.Tensor,        # (k, n), as it will be used: after rounding
     B: torch.Tensor,        # (m, k)
 ) -> torch.Tensor:          # (m,), in the dtype of `b`
-    "`b + (W - BA) μ`: the bias that takes up the mean error"
+    "`b + (W - BA) μ`: the bias that takes up the mean error, as far as the mean is believed"
     if basis.mean is None: return b
     mu = basis.mean
     return (_double(b) + _times(basis.W, mu) - _double(B) @ (_double(A) @ mu)).to(b)
