@@ -61,7 +61,7 @@ def test_no_two_rooms_export_the_same_name():
 
 def test_data_flows_one_way():
     order = ['core.modules', 'core.batches', 'core.distributed', 'lowrank.calibrate', 'lowrank.factorize', 'lowrank.latency', 'lowrank.ranks', 'lowrank.plan', 'misc.fc_decomposer',
-             'lowrank.report', 'lowrank.learner', 'lowrank.checkpoint', 'lowrank.cli']
+             'lowrank.report', 'lowrank.search', 'lowrank.refine', 'lowrank.training', 'lowrank.learner', 'lowrank.distill', 'lowrank.checkpoint', 'lowrank.cli']
     for p in generated:
         room = dotted(p).removeprefix('fasterai.')
         for o in ast.walk(ast.parse(p.read_text(encoding='utf-8'))):
