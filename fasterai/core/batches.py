@@ -177,8 +177,8 @@ def _seed():
     random.seed(0)
 
 class _Bar:
-    "A progress bar that appears where the work takes more than a second; `comment` can change on the way"
-    def __init__(self, items: Iterable, comment: str): self.items,self.comment,self.bar = items,comment,None
+    "A progress bar that appears where the work takes more than a second, and goes when the loop is left in any way; `comment` can change on the way"
+    def __init__(self, items: Iterable, comment: str): self.items,self.comment = items,comment
     def __iter__(self):
         start,it,n = time.monotonic(),iter(self.items),0
         for o in it:
@@ -188,7 +188,10 @@ class _Bar:
         else: return
         try: total = len(self.items) - n
         except TypeError: total = 'noinfer'
-        self.bar = progress_bar(it, total=total, leave=False)
-        for o in self.bar:
-            self.bar.comment = self.comment
-            yield o
+        bar = progress_bar(it, total=total, leave=False)
+        try:
+            for o in bar:
+                bar.comment = self.comment
+                yield o
+        finally:
+            if bar.last_v is not None: bar.on_iter_end()    # left by break or an error: fastprogress would leave it standing

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
@@ -243,8 +243,9 @@ def plot_spectra(
     return replace(plan, layers=tuple(replace(o, rank=None) for o in plan.layers)).plot(ax, max_layers=max_layers)
 
 # %% ../../nbs/lowrank/report.ipynb #363cff3f
-_AXES = dict(params=('parameters', EngFormatter), share=('share of parameters kept', partial(PercentFormatter, 1)),
-             ratio=('budget', partial(PercentFormatter, 1)))
+def _percent(): return FuncFormatter(lambda v,_: f'{100*v:g}%')     # PercentFormatter rounds 0.5 % to 0 on a logarithmic axis
+
+_AXES = dict(params=('parameters', EngFormatter), share=('share of parameters kept', _percent), ratio=('budget', _percent))
 
 def _series(frames):
     "label -> DataFrame"
@@ -255,13 +256,20 @@ def _series(frames):
     if not frames: raise ValueError('plot_tradeoff got no DataFrame.')
     return frames
 
+def _log_axis(ax, xs):
+    "A logarithmic x axis with ticks at 1, 2 and 5, or at every digit where the range is short"
+    ax.set_xscale('log')
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(xs) > 5*min(xs) else range(1, 10)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
 def plot_tradeoff(
     frames: pd.DataFrame|Mapping[str,pd.DataFrame], # one row per model tried; a dict for several lines: label -> frame
     *,
     x: str = 'params',              # column of the size
     y: str = 'metric',              # column of the metric
     dense: float|None = None,       # metric of the dense model, for a line
-    limit: float|None = None,       # lowest acceptable metric, for a line
+    limit: float|None = None,       # metric that is just good enough, for a line: of the dense model, less the drop allowed
+    log: bool = False,              # logarithmic x axis, where the sizes span more than a factor of ten
     ax: plt.Axes|None = None,       # axes to draw on, new ones by default
 ) -> plt.Axes:
     "Plot the metric against the size, one line per frame"
@@ -277,6 +285,7 @@ def plot_tradeoff(
         if v is not None: ax.axhline(v, color='gray', ls=style, label=f'{k}: {v:.4g}')
     name,form = _AXES.get(x, (x, None))
     ax.set(xlabel=name, ylabel=y)
+    if log: _log_axis(ax, [v for o in frames.values() for v in o[x]])
     if form is not None: ax.xaxis.set_major_formatter(form())
     if ax.get_legend_handles_labels()[0]: ax.legend()
     return ax

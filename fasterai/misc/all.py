@@ -10,8 +10,12 @@ from fasterai.lowrank.ranks import *
 from fasterai.lowrank.plan import *
 from fasterai.misc.fc_decomposer import *
 from fasterai.lowrank.report import *
+from fasterai.lowrank.search import *
+from fasterai.lowrank.refine import *
+from fasterai.lowrank.training import *
 from fasterai.lowrank.learner import *
 from fasterai.lowrank.names import *
 from fasterai.lowrank.shards import *
+from fasterai.lowrank.distill import *
 from fasterai.lowrank.checkpoint import *
 from fasterai.lowrank.cli import *
