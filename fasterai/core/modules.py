@@ -390,7 +390,8 @@ def find_linears(
 ) -> list[LinearSite]:             # in the order of `model.named_modules()`
     "Every fully-connected layer of `model`, with the reason where it has to be left alone"
     if not isinstance(model, nn.Module):
-        hint = '; pass learn.model' if isinstance(getattr(model, 'model', None), nn.Module) else ''
+        hint = ('; pass learn.model' if isinstance(getattr(model, 'model', None), nn.Module) else f'; pass an instance of {model.__name__}'
+            if isinstance(model, type) else '; data come second' if any(hasattr(model, k) for k in ('__iter__','loaders')) and not isinstance(model, (str, Mapping)) else '')
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}{hint}.')
     types,inside,owners,r = tuple(types),_inside(model),_owners(model),_walk(model)
     names = defaultdict(list)
@@ -423,7 +424,7 @@ def select(
     "The layers that `patterns` select"
     pats = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
     for p in pats:
-        if not isinstance(p, str): raise TypeError(f'{arg} takes names of layers, got {p!r} ({type(p).__name__}).')
+        if not isinstance(p, str): raise TypeError(f'{arg} takes names of layers, got {type(p).__name__}; names are those of model.named_modules().')
         if any(match_name(n, p) for ns in names.values() for n in ns) or any(match_name(n, p) for n in known): continue
         every = [n for ns in names.values() for n in ns]
         close = get_close_matches(p, every, 2, 0.3)

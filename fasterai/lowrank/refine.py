@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 import torch, torch.nn.functional as F
 from torch import nn
-from ..core.batches import _Bar, _rng_kept, _seed, Batches, left_as_found, model_args
+from ..core.batches import _Bar, _rng_kept, _seed, Batches, left_as_found
 from ..core.modules import _warn_user, copy_with, is_pair
 from .calibrate import _outputs
 
@@ -55,7 +55,7 @@ def _calls(model, data, n_batches):
     b = Batches(data, n_batches)
     if b.fn: return [b.fn]
     def call(batch):
-        args,kw,_ = model_args(model, batch, b.n_inp)
+        args,kw,_ = b.args(model, batch)
         return lambda m: m(*deepcopy(args), **deepcopy(kw))     # forward may write to them
     with _rng_kept(None):
         _seed()

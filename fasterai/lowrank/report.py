@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.modules import _double, count_params, is_pair
-from ..core.batches import _Bar, _rng_kept, Batches, left_as_found, model_args
+from ..core.batches import _Bar, _rng_kept, Batches, left_as_found
 from .calibrate import _Collector, _Moments, _hooked, _outputs, _rows
 from .latency import _latencies
 from .plan import DecompositionPlan, make_plan
@@ -133,9 +133,7 @@ def _layer_frame(plan, col):
 def _call(model, b, batch):
     "`model` on one of the batches `b`, as a function of no arguments"
     if b.fn: return partial(b.fn, model)
-    args,kw,targets = model_args(model, batch, b.n_inp)
-    if b.single and len(targets) > 2:
-        raise ValueError(f'a tuple is one batch, and forward takes {len(args)} of its {len(batch)} items. Pass several batches as a list.')
+    args,kw,_ = b.args(model, batch)
     args,kw = tree_map_only(torch.Tensor, torch.clone, (args, kw))
     return partial(model, *args, **kw)
 

@@ -7,15 +7,44 @@ __all__ = ['FC_Decomposer']
 
 # %% ../../nbs/misc/fc_decomposer.ipynb #258015c2
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from typing import Literal
+import numpy as np
+from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from torch import nn
+from ..core.batches import shown
 from ..lowrank.factorize import Solver
 from ..lowrank.plan import DecompositionPlan, make_plan
 from ..lowrank.ranks import Policy, RankRatio, mk_policy
 
 # %% ../../nbs/misc/fc_decomposer.ipynb #efd71fc0
-def _names(x): return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else x  # a generator would serve one call only
+def _misplaced(x) -> str|None:
+    "Where `x` goes, if it is no setting but a model, data or a plan"
+    if isinstance(x, nn.Module): return 'A model goes to the method: FC_Decomposer(0.5).decompose(model).'
+    if isinstance(getattr(x, 'model', None), nn.Module): return 'With a Learner use learn.decompose(0.5), or FC_Decomposer(0.5).decompose(learn.model, learn.dls).'
+    if isinstance(x, DataLoaders) or hasattr(x, 'dataset'): return 'Data go to the method: FC_Decomposer(0.5).decompose(model, data).'
+    if isinstance(x, DecompositionPlan): return 'A plan needs no FC_Decomposer: plan.apply(model).'
+    if isinstance(x, type) and issubclass(x, Policy): return f'Pass an instance of the policy, such as {x.__name__}(0.5).'
+
+def _setting(x, arg):
+    "`x`, checked to be a setting; NumPy floats as Python's, digit by digit"
+    if (way := _misplaced(x)): raise TypeError(f'{arg} got {shown(x)}. {way}')
+    return float(str(x)) if isinstance(x, np.floating) else x
+
+def _names(x, arg):
+    "Names of layers in a form that serves more than one call"
+    res = tuple(x) if isinstance(x, Iterable) and not isinstance(x, (str, nn.Module)) else x
+    for o in res if isinstance(res, tuple) else (res,):
+        if isinstance(o, nn.Module): raise TypeError(f"{arg} takes names of layers, got {shown(o)}, a module. Pass its name in model.named_modules(), such as 'head.0'.")
+    return res
+
+def _classes(x):
+    "`types` as a tuple"
+    res = (x,) if isinstance(x, type) or not isinstance(x, Iterable) or isinstance(x, (str, nn.Module)) else tuple(x)
+    for o in res:
+        if not isinstance(o, type): raise TypeError(f'types takes subclasses of nn.Linear, such as types=(MyLinear,), got {shown(o)}.')
+    return res
 
 # %% ../../nbs/misc/fc_decomposer.ipynb #21ff5e6f
 class FC_Decomposer:
@@ -30,10 +59,10 @@ class FC_Decomposer:
         round_to: int = 1,                             # ranks in multiples of this
         types: Iterable[type] = (),                    # subclasses of nn.Linear that compute just what nn.Linear computes
     ):
-        ratio = RankRatio(rank_ratio)
+        ratio,policy = RankRatio(_setting(rank_ratio, 'rank_ratio')),None if policy is None else mk_policy(_setting(policy, 'policy'))
         if policy is not None and rank_ratio != 0.5: raise ValueError(f'pass rank_ratio={rank_ratio} or policy={policy!r}, not both.')
-        self.policy = ratio if policy is None else mk_policy(policy)
-        self.layers,self.exclude,self.types = _names(layers),_names(exclude),tuple(types)
+        self.policy = ratio if policy is None else policy
+        self.layers,self.exclude,self.types = _names(layers, 'layers'),_names(exclude, 'exclude'),_classes(types)
         self.skip_unprofitable,self.round_to = skip_unprofitable,round_to
 
     def _kw(self): return dict(layers=self.layers, exclude=self.exclude, skip_unprofitable=self.skip_unprofitable,
@@ -44,8 +73,22 @@ class FC_Decomposer:
         opts = ''.join(f', {k}={v!r}' for k,v in self._kw().items() if v != usual[k])
         return f'FC_Decomposer({self.policy!r}{opts})'
 
+# %% ../../nbs/misc/fc_decomposer.ipynb #c4a90301
+def _on_instance(f):
+    "`f`, a method that says so where it is called on the class"
+    @wraps(f)
+    def g(self, *args, **kw):
+        if isinstance(self, FC_Decomposer): return f(self, *args, **kw)
+        raise TypeError(f'{f.__name__} is called on an instance: FC_Decomposer(0.5).{f.__name__}(model), got {shown(self)} in place of FC_Decomposer(0.5).')
+    return g
+
+def _check_model(model, data):
+    if isinstance(data, nn.Module) and not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}, and data is the model: pass the model first, then data.')
+
 # %% ../../nbs/misc/fc_decomposer.ipynb #ae77b978
 @patch
+@_on_instance
 def plan(self:FC_Decomposer, 
     model: nn.Module,           # any model; left unchanged
     data=None,                  # calibration data: tensor, batches, DataLoader, DataLoaders, Learner, f(model), or a saved `Calibration`
@@ -55,10 +98,12 @@ def plan(self:FC_Decomposer,
     loss: Callable|None = None, # loss(output, *targets) for the sensitivity; None needs no targets
 ) -> DecompositionPlan:         # shows itself as a table
     "What `decompose` would do: ranks, sizes and errors of every layer, and the reason where a layer stays dense"
+    _check_model(model, data)
     return make_plan(model, self.policy, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss, **self._kw())
 
 # %% ../../nbs/misc/fc_decomposer.ipynb #06649b8a
 @patch
+@_on_instance
 def decompose(self:FC_Decomposer, 
     model: nn.Module,           # any model; left unchanged, unless `inplace`
     data=None,                  # calibration data, as for `plan`; None for plain SVD
@@ -70,5 +115,6 @@ def decompose(self:FC_Decomposer,
     loss: Callable|None = None, # as for `plan`
 ) -> nn.Module:                 # a new model, or `model`
     "A copy of `model` whose fully-connected layers are pairs: the same as `plan(model, data).apply(model)`"
+    _check_model(model, data)
     return make_plan(model, self.policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, loss=loss,
                      **self._kw()).apply(model, inplace=inplace, solver=solver)
