@@ -4,6 +4,7 @@ from dataclasses import fields, is_dataclass
 from importlib import import_module
 from inspect import Parameter, Signature, formatannotation, isclass, signature
 from textwrap import wrap
+from typing import Union, get_args, get_origin
 
 from fastcore.docments import docments, docstring, qual_name
 from fastcore.nbio import read_nb, write_nb
@@ -18,6 +19,7 @@ def _short(s): return re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Z])', '', s)         # to
 def _anno(o):
     "As text with room to wrap: spaces around `|`, and after commas"
     if o is empty: return ''
+    if get_origin(o) is Union: return ' | '.join(map(_anno, get_args(o)))
     s = _short(o if isinstance(o, str) else formatannotation(o))
     return re.sub(r',(?=\S)', ', ', re.sub(r'\s*\|\s*', ' | ', s)).replace('NoneType', 'None')
 def _default(o): return '' if o is empty else getattr(o, '__name__', None) or repr(o).replace('<factory>', '{}')   # of a dataclass: `dict`
