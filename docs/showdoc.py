@@ -78,7 +78,8 @@ class TableRenderer:
 
     def _repr_markdown_(self):
         last = self.nm.split('.')[-1]
-        if self.nm[0] == '_' or last[0] == '_' and not self.sym.__doc__: return ''   # a plain `__repr__` needs no entry
+        # A plain `__repr__` needs no entry, nor do the events of a callback, which fastai calls.
+        if self.nm[0] == '_' or last[0] == '_' and not self.sym.__doc__ or last.startswith(('before_', 'after_')): return ''
         head,sig = '#'*self.title_level + f' `{self.nm}`', f'```python\n{self._signature()}\n```'
         more = f"Fields, after those of {' and '.join(f'`{o.__name__}`' for o in self._bases())}:" if self._inherited() else ''
         return '\n\n'.join(o for o in (head, sig, docstring(self.sym), more, self._table()) if o)
