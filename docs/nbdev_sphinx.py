@@ -111,6 +111,7 @@ def no_link(o):
 def target(app, name, docname):
     "Page and anchor that a name in backticks means: an entry of the API, a module, or a Markdown file of the project"
     syms,found = app.env.domaindata.get('fasterai', {}),app.env.found_docs
+    name = re.sub(r'^learn\.', 'Learner.', name)
     if name in syms: return syms[name], f'#{slug(name)}'
     if name.endswith('.md'): pages = name[:-3],normpath(join(dirname(docname), name[:-3]))
     else: pages = (join('source', *name.split('.')[1:]),) if name.startswith('fasterai.') else ()

@@ -4,6 +4,7 @@ from dataclasses import fields, is_dataclass
 from importlib import import_module
 from inspect import Parameter, Signature, formatannotation, isclass, signature
 from textwrap import wrap
+from typing import Union, get_args, get_origin
 
 from fastcore.docments import docments, docstring, qual_name
 from fastcore.nbio import read_nb, write_nb
@@ -18,6 +19,7 @@ def _short(s): return re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Z])', '', s)         # to
 def _anno(o):
     "As text with room to wrap: spaces around `|`, and after commas"
     if o is empty: return ''
+    if get_origin(o) is Union: return ' | '.join(map(_anno, get_args(o)))
     s = _short(o if isinstance(o, str) else formatannotation(o))
     return re.sub(r',(?=\S)', ', ', re.sub(r'\s*\|\s*', ' | ', s)).replace('NoneType', 'None')
 def _default(o): return '' if o is empty else getattr(o, '__name__', None) or repr(o).replace('<factory>', '{}')   # of a dataclass: `dict`
@@ -76,7 +78,8 @@ class TableRenderer:
 
     def _repr_markdown_(self):
         last = self.nm.split('.')[-1]
-        if self.nm[0] == '_' or last[0] == '_' and not self.sym.__doc__: return ''   # a plain `__repr__` needs no entry
+        # A plain `__repr__` needs no entry, nor do the events of a callback, which fastai calls.
+        if self.nm[0] == '_' or last[0] == '_' and not self.sym.__doc__ or last.startswith(('before_', 'after_')): return ''
         head,sig = '#'*self.title_level + f' `{self.nm}`', f'```python\n{self._signature()}\n```'
         more = f"Fields, after those of {' and '.join(f'`{o.__name__}`' for o in self._bases())}:" if self._inherited() else ''
         return '\n\n'.join(o for o in (head, sig, docstring(self.sym), more, self._table()) if o)
