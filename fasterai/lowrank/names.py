@@ -200,25 +200,25 @@ def _hint(name, known):
 def _check_match(
     model: nn.Module,
     seen: _Match,           # the checkpoint
-    packed: bool = False,   # may layers be stored in 8 or 4 bits?
+    packed: bool = False,   # may layers be stored in 8 or 4 bits, with their scales?
 ):
     "Raise for the first tensor of `model` that is missing, has another shape, or is not in the model"
     want,groups,shapes = model.state_dict(keep_vars=True),_groups(model),seen.shapes
     odd = {_key(n, 'weight') for n in seen.packed}
     lost = [g[0] for g in groups if not any(k in shapes or (packed and k in odd) for k in g)]
-    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in _ignored(model)) and not (packed and _beside(k, seen.packed))]
-    if lost and (n := next((n for n in seen.packed if _key(n, 'weight') in lost), None)) is not None: raise ValueError(
-        f'{seen.path}: the weight of {n!r} is {_is_packed(seen.packed[n])}.')
+    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in _ignored(model)) and not (packed and _packed_around(k, seen.packed))]
+    for n,t in seen.packed.items() if not packed else ():
+        k,rest = _key(n, 'weight'),[k for k in more if _packed_around(k, [n])]
+        if rest or k in lost or (k in want and tuple(want[k].shape) != shapes.get(k)): raise ValueError(
+            f'{seen.path}: the weight of {n!r} is {_is_packed(t)}. The model has no place for {_some(rest or [t.name])}.')
     if lost: raise ValueError(f'{seen.path} lacks {len(lost)} of {len(groups)} tensors of the model: {_some(lost)}.{_hint(min(lost), more, seen)}')
     for k,v in want.items():
         if k not in shapes or not isinstance(v, torch.Tensor) or tuple(v.shape) == shapes[k] or (packed and k in odd): continue
         made = f' (made of {_quoted([t.name for _,t in seen.mixed[k].parts])})' if k in seen.mixed else ''
         raise ValueError(f'{seen.path}: {k!r}{made} has shape {shapes[k]}, the model has {tuple(v.shape)}. Is it the checkpoint of another model?')
-    if (n := next((_beside(k, seen.packed) for k in more if _beside(k, seen.packed)), None)): raise ValueError(
-        f'{seen.path}: the weight of {n!r} is {_is_packed(seen.packed[n])}. The model has no place for {_some([k for k in more if k.startswith(n)])}.')
     if more: raise ValueError(f'{seen.path} has {len(more)} tensors that the model lacks: {_some(more)}.')
 
-def _beside(k, packed):
+def _packed_around(k, packed):
     "The packed layer that tensor `k` belongs to, such as its scales"
     return next((n for i in range(len(k)) if k[i] == '.' and (n := k[:i]) in packed), None)
 
