@@ -171,6 +171,7 @@ def _with_pairs(rename, plan, names):
         return (k, None, None) if k in own else rename(k)
     return f
 
+# %% ../../nbs/lowrank/checkpoint.ipynb #9a6b400b
 def _tensors(model, seen, device):
     "Name in the state dict -> tensor; tied names get one"
     res,want,made = {},model.state_dict(keep_vars=True),{}

@@ -48,6 +48,21 @@ def _build(
     if not isinstance(res, nn.Module): raise TypeError(f'the function must return a torch.nn.Module, got {type(res).__name__}.')
     return res
 
+# %% ../../nbs/lowrank/names.ipynb #0bab50a0
+_PACKED = ('qweight', 'weight_packed')      # GPTQ and AWQ, compressed-tensors; others keep the name `weight`
+
+def _packed_in(
+    tensors: dict[str,_Stored],
+) -> dict[str,_Stored]:             # layer -> the tensor that holds its weight
+    "Layers whose weights are stored in a type that is no floating-point number of 16 to 64 bits"
+    res = {k[:-7]: t for k,t in tensors.items() if k.endswith('.weight') and len(t.shape) > 1 and t.torch_dtype not in _FLOATS}
+    return res | {k.rpartition('.')[0]: t for k,t in tensors.items() if k.rpartition('.')[2] in _PACKED}
+
+def _is_packed(t):
+    "Why the layer with this weight stays"
+    where = '' if (leaf := t.name.rpartition('.')[2]) == 'weight' else f' in {leaf!r}'
+    return f'stored as {t.dtype}{where}, not as one of float16 to float64: dequantize the checkpoint first'
+
 # %% ../../nbs/lowrank/names.ipynb #072b2fa7
 def _from_config(path):
     "A function that builds what config.json in `path` describes, or the reason why there is none"
@@ -76,21 +91,6 @@ def _from_names(tensors, layers):
         dt = None if n in packed else t.torch_dtype
         at._modules[parts[-1]] = nn.Linear(*t.shape[::-1], bias=f'{n}.bias' in tensors, device='meta', dtype=dt)
     return res
-
-# %% ../../nbs/lowrank/names.ipynb #0bab50a0
-_PACKED = ('qweight', 'weight_packed')      # GPTQ and AWQ, compressed-tensors; others keep the name `weight`
-
-def _packed_in(
-    tensors: dict[str,_Stored],
-) -> dict[str,_Stored]:             # layer -> the tensor that holds its weight
-    "Layers whose weights are stored in a type that is no floating-point number of 16 to 64 bits"
-    res = {k[:-7]: t for k,t in tensors.items() if k.endswith('.weight') and len(t.shape) > 1 and t.torch_dtype not in _FLOATS}
-    return res | {k.rpartition('.')[0]: t for k,t in tensors.items() if k.rpartition('.')[2] in _PACKED}
-
-def _is_packed(t):
-    "Why the layer with this weight stays"
-    where = '' if (leaf := t.name.rpartition('.')[2]) == 'weight' else f' in {leaf!r}'
-    return f'stored as {t.dtype}{where}, not as one of float16 to float64: dequantize the checkpoint first'
 
 # %% ../../nbs/lowrank/names.ipynb #3b23db0e
 @dataclass(frozen=True)
