@@ -528,6 +528,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.lowrank.names._build': ('lowrank/names.html#_build', 'fasterai/lowrank/names.py'),
                                         'fasterai.lowrank.names._check_match': ( 'lowrank/names.html#_check_match',
                                                                                  'fasterai/lowrank/names.py'),
+                                        'fasterai.lowrank.names._check_packed': ( 'lowrank/names.html#_check_packed',
+                                                                                  'fasterai/lowrank/names.py'),
                                         'fasterai.lowrank.names._from_config': ( 'lowrank/names.html#_from_config',
                                                                                  'fasterai/lowrank/names.py'),
                                         'fasterai.lowrank.names._from_names': ( 'lowrank/names.html#_from_names',

@@ -8,7 +8,7 @@ from fasterai.lowrank import names
 from fasterai.core.files import training_weights, write_atomic
 from fasterai.misc.all import *
 
-pytestmark = pytest.mark.filterwarnings('ignore:.*layers grew:UserWarning')
+pytestmark = pytest.mark.filterwarnings('ignore:.*layers grew:UserWarning', 'ignore:.*in 8 or 4 bits:UserWarning')
 
 def mlp(): return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
 
@@ -231,11 +231,12 @@ def test_weights_in_eight_bits_have_a_row(dtype, tmp_path):
     save_file(packed, tmp_path/'w.safetensors')
     name = {torch.float8_e4m3fn: 'F8_E4M3', torch.float8_e5m2: 'F8_E5M2', torch.int8: 'I8', torch.uint8: 'U8'}[dtype]
     for i,kw in enumerate([dict(layers='*'), dict(layers=['0', '2']), dict(model=mlp)]):
-        plan = decompose_checkpoint(tmp_path/'w.safetensors', tmp_path/f'{i}.safetensors', .5, **kw)
+        with pytest.warns(UserWarning, match=r"1 layers \('0'\) are stored in 8 or 4 bits and stay as they are. load_decomposed cannot load them"):
+            plan = decompose_checkpoint(tmp_path/'w.safetensors', tmp_path/f'{i}.safetensors', .5, **kw)
         assert plan['0'].reason.startswith(f'stored as {name}') and plan['0'].rank is None and plan['2'].rank == 2 and plan['0'].shape == 'Linear(8→6)'
         got = load_file(tmp_path/f'{i}.safetensors')
         for k in packed.keys() - {'2.weight', '2.bias'}: assert torch.equal(got[k].view(torch.uint8), packed[k].view(torch.uint8))
-        with pytest.raises(ValueError, match=f"weight of '0' is stored as {name}.*no place for '0.SCB', '0.weight_scale_inv'"): load_decomposed(mlp, tmp_path/f'{i}.safetensors')
+        with pytest.raises(ValueError, match=f"weight of '0' is stored as {name}.*no place for '0.(SCB|weight_scale_inv)'"): load_decomposed(mlp, tmp_path/f'{i}.safetensors')
     with pytest.warns(UserWarning, match=rf'nothing to decompose \(0: stored as {name}'): decompose_checkpoint(tmp_path/'w.safetensors', tmp_path/'x.safetensors', .5, layers='0')
 
 def test_weights_in_four_bits_have_a_row(tmp_path):
@@ -329,3 +330,11 @@ def test_a_real_sentence_encoder(tmp_path):
     import transformers
     want = plan.apply(transformers.AutoModel.from_pretrained(src))
     assert torch.allclose(out(load_decomposed(None, tmp_path/'dst')), out(want), atol=1e-5)
+
+def test_the_top_of_a_disk_is_not_replaced(tmp_path, monkeypatch):
+    src = model_folder(tmp_path/'src')
+    (tmp_path/'disk').mkdir()
+    monkeypatch.setattr(Path, 'is_mount', lambda p: p.name == 'disk')
+    with pytest.raises(FileExistsError, match='disk is the top folder of a disk and cannot be replaced. Choose a folder below it'):
+        decompose_checkpoint(src, tmp_path/'disk', .5, model=mlp, overwrite=True)
+    assert listing(tmp_path) == sorted(['disk', 'src', *(f'src/{f}' for f in listing(src))])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from ..core.distributed import agreed, balanced, gathered, shared, world
-from ..core.files import _open
+from ..core.files import _open, _quoted
 from ..core.modules import _Detached, _span, _warn_user, find_linears
 from .calibrate import Calibration
 from .names import _architecture, _build, _check_match, _from_config, _groups, _key, _matched, _renamer, _sites
@@ -93,6 +93,8 @@ class _Job:
         self.sites,self.keys,self.why = _sites(self.net, self.seen, types)
         self.copy,left = _others(self.ck) if self.ck.path.is_dir() else ([], [])
         if left and world()[0] == 0: _warn_user(f'{dst} will not have {", ".join(left)}: only weights in safetensors are decomposed.')
+        if self.seen.packed and world()[0] == 0: _warn_user(f'{len(self.seen.packed)} layers ({_quoted(self.seen.packed)}) are stored in 8 or 4 bits '
+            'and stay as they are. load_decomposed cannot load them: to use it, dequantize the checkpoint first.')
         self.left_out = _left_out(self.net, self.sites, layers, exclude, policy)
         self.stored = {n: self.ck.tensors[_key(ks[0], 'weight')] for n,ks in self.keys.items()}
 
@@ -178,7 +180,8 @@ def _tensors(model, seen, device):
     def get(k):
         if k in seen.direct: return seen.direct[k].read().to(device)
         if k not in made: made.update(seen.mixed[k].tensors())
-        return made.pop(k).to(device).clone(memory_format=torch.contiguous_format)   # it may be a slice of another
+        t = made.pop(k).to(device).contiguous()
+        return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()     # it may be a slice of another
     for names in _groups(model):
         have = [k for k in names if k in seen.shapes]
         t = get(have[0])
@@ -192,14 +195,15 @@ def _tensors(model, seen, device):
 # %% ../../nbs/lowrank/checkpoint.ipynb #a5852243
 def load_decomposed(
     model: nn.Module|Callable[[],nn.Module]|None,   # function that builds the dense model, a dense model, or None where config.json says it
-    path: str|os.PathLike,                          # written by `decompose_checkpoint`; or any checkpoint of a decomposed model, with the plan as plan.json beside it
+    path: str|os.PathLike,                          # written by `decompose_checkpoint`, or of a decomposed model with its plan as plan.json beside it
     *,
     device: torch.device|str|None = None,           # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                     # a new model, in the mode (training or not) of the dense one, dtypes from the file
     "The model in a decomposed checkpoint, without any SVD; loads strictly"
     ck = _open(path)
     plan = _plan_of(ck)
-    if model is None and isinstance(model := _from_config(ck.path), str): raise ValueError(f'{model}. Pass model=, a function that builds the dense model.')
+    if model is None and isinstance(model := _from_config(ck.path if ck.path.is_dir() else ck.path.parent), str):
+        raise ValueError(f'{model}. Pass model=, a function that builds the dense model.')
     net = _build(model)
     if device is None: device = next((p.device for p in net.parameters() if not p.is_meta), 'cpu')
     rename = _renamer(net, [*ck.tensors, *map(_whole, ck.tensors)])
@@ -209,6 +213,7 @@ def load_decomposed(
     seen = _matched(names, ck, _with_pairs(rename, plan, names), net)
     _check_match(small, seen)
     if (lost := [n for n,b in small.named_buffers() if b.is_meta and n not in names]):
-        raise ValueError(f'{lost[0]!r} is in no checkpoint and holds no data (meta device). Pass a function that builds the model, not a model on the meta device.')
+        raise ValueError(f'{lost[0]!r} is in no checkpoint and holds no data (meta device). '
+                         'Pass a function that builds the model, not a model on the meta device.')
     small.load_state_dict(_tensors(small, seen, device), assign=True)
     return small.to(device)

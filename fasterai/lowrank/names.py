@@ -72,9 +72,9 @@ def _from_config(path):
     try: cfg = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as e:
         return f'transformers {transformers.__version__} cannot read config.json in {path}: {str(e).splitlines()[0]}'
-    name = (getattr(cfg, 'architectures', None) or ['no architecture'])[0]
-    cls = getattr(transformers, name, None)
-    why = f'config.json in {path} names {name}, which transformers {transformers.__version__} does not have'
+    if not (names := getattr(cfg, 'architectures', None)): return f'config.json in {path} names no class of a model'
+    cls = getattr(transformers, names[0], None)
+    why = f'config.json in {path} names {names[0]}, which transformers {transformers.__version__} does not have'
     return why if cls is None else lambda: cls._from_config(cfg).eval()
 
 _LOOKED_UP = ('emb', 'wte', 'wpe', 'position')      # in the last part of a name: a table, not a layer
@@ -204,19 +204,25 @@ def _check_match(
 ):
     "Raise for the first tensor of `model` that is missing, has another shape, or is not in the model"
     want,groups,shapes = model.state_dict(keep_vars=True),_groups(model),seen.shapes
-    odd = {_key(n, 'weight') for n in seen.packed}
+    pats,odd = _ignored(model),{_key(n, 'weight') for n in seen.packed}
     lost = [g[0] for g in groups if not any(k in shapes or (packed and k in odd) for k in g)]
-    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in _ignored(model)) and not (packed and _packed_around(k, seen.packed))]
-    for n,t in seen.packed.items() if not packed else ():
-        k,rest = _key(n, 'weight'),[k for k in more if _packed_around(k, [n])]
-        if rest or k in lost or (k in want and tuple(want[k].shape) != shapes.get(k)): raise ValueError(
-            f'{seen.path}: the weight of {n!r} is {_is_packed(t)}. The model has no place for {_some(rest or [t.name])}.')
+    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in pats)]
+    if packed: more = [k for k in more if _packed_around(k, seen.packed) is None]
+    else: _check_packed(want, seen, more)
     if lost: raise ValueError(f'{seen.path} lacks {len(lost)} of {len(groups)} tensors of the model: {_some(lost)}.{_hint(min(lost), more, seen)}')
     for k,v in want.items():
         if k not in shapes or not isinstance(v, torch.Tensor) or tuple(v.shape) == shapes[k] or (packed and k in odd): continue
         made = f' (made of {_quoted([t.name for _,t in seen.mixed[k].parts])})' if k in seen.mixed else ''
         raise ValueError(f'{seen.path}: {k!r}{made} has shape {shapes[k]}, the model has {tuple(v.shape)}. Is it the checkpoint of another model?')
     if more: raise ValueError(f'{seen.path} has {len(more)} tensors that the model lacks: {_some(more)}.')
+
+def _check_packed(want, seen, more):
+    "Raise for a packed weight that the model cannot hold, or not without the scales beside it"
+    rest = {n: k for k in more if (n := _packed_around(k, seen.packed)) is not None}
+    for n,t in seen.packed.items():
+        fits = (k := _key(n, 'weight')) in want and tuple(want[k].shape) == seen.shapes.get(k)
+        if n in rest or not fits: raise ValueError(
+            f'{seen.path}: the weight of {n!r} is {_is_packed(t)}. The model has no place for {rest.get(n, t.name)!r}.')
 
 def _packed_around(k, packed):
     "The packed layer that tensor `k` belongs to, such as its scales"
