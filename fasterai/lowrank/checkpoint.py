@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from ..core.distributed import agreed, balanced, gathered, shared, world
-from ..core.files import _open
-from ..core.modules import _Detached, _span, find_linears
+from ..core.files import _open, _quoted
+from ..core.modules import _Detached, _span, _warn_user, find_linears
 from .calibrate import Calibration
 from .names import _architecture, _build, _check_match, _from_config, _groups, _key, _matched, _renamer, _sites
 from .plan import DecompositionPlan, _check_finite, _check_round_to, _decide, _left_out, _notes, _row_of, _spectrum, _warn
 from .ranks import mk_policy
-from .shards import _finish, _holding, _Look, _Meter, _PLAN, _pieces, _Run, _svd_cost, _target, _write_shard
+from .shards import _finish, _holding, _Look, _Meter, _others, _PLAN, _pieces, _Run, _svd_cost, _target, _write_shard
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #b69fc8ef
 def _look(sites, stored, run, spectra, device):
@@ -91,6 +91,10 @@ class _Job:
         dst,self.single = _target(src, dst, self.ck, overwrite)
         self.run,self.device,(self.net,self.seen,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
         self.sites,self.keys,self.why = _sites(self.net, self.seen, types)
+        self.copy,left = _others(self.ck) if self.ck.path.is_dir() else ([], [])
+        if left and world()[0] == 0: _warn_user(f'{dst} will not have {", ".join(left)}: only weights in safetensors are decomposed.')
+        if self.seen.packed and world()[0] == 0: _warn_user(f'{len(self.seen.packed)} layers ({_quoted(self.seen.packed)}) are stored in 8 or 4 bits '
+            'and stay as they are. load_decomposed cannot load them: to use it, dequantize the checkpoint first.')
         self.left_out = _left_out(self.net, self.sites, layers, exclude, policy)
         self.stored = {n: self.ck.tensors[_key(ks[0], 'weight')] for n,ks in self.keys.items()}
 
@@ -121,7 +125,7 @@ def write(self:_Job, plan, done):
     with agreed(), _Meter([p.cost for f in mine for p in pieces[f]], 'factors') as meter:
         for f in mine: _write_shard(self.run.out/f.name, pieces[f], {'format': 'pt', **self.ck.metas[f], _PLAN: text}, meter, self.device)
     with agreed():
-        if rank == 0: _finish(self.run, self.ck, pieces, self.single)
+        if rank == 0: _finish(self.run, self.ck, pieces, self.single, self.copy)
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #6cc2014e
 def _plan_of(ck):
@@ -154,25 +158,30 @@ def _emptied(model):
 # %% ../../nbs/lowrank/checkpoint.ipynb #4dc6983e
 _PARTS = {'0.weight': 'weight', '1.weight': 'weight', '1.bias': 'bias'}     # of a pair, and of the layer it was
 
+def _whole(k):
+    "What tensor `k` was part of, if it belongs to a pair"
+    return next((k.removesuffix(p) + w for p,w in _PARTS.items() if k == p or k.endswith(f'.{p}')), k)
+
 def _with_pairs(rename, plan, names):
     "`rename` for a checkpoint with the pairs of `plan`: a part of a pair is called after the layer that it was"
     at = {n for o in plan.replaced for n in o.names}
     own = {_key(n, p) for n in at for p in _PARTS} & names
     def f(k):
-        for part,whole in _PARTS.items():
-            if k != part and not k.endswith(f'.{part}'): continue
-            name,converter,_ = rename(k.removesuffix(part) + whole)
-            if converter is None and (n := name.removesuffix(whole).removesuffix('.')) in at: return _key(n, part), None, None
+        name,converter,_ = rename(_whole(k))
+        n = name.rpartition('.')[0]
+        if _whole(k) != k and converter is None and n in at: return _key(n, '.'.join(k.split('.')[-2:])), None, None
         return (k, None, None) if k in own else rename(k)
     return f
 
+# %% ../../nbs/lowrank/checkpoint.ipynb #9a6b400b
 def _tensors(model, seen, device):
     "Name in the state dict -> tensor; tied names get one"
     res,want,made = {},model.state_dict(keep_vars=True),{}
     def get(k):
         if k in seen.direct: return seen.direct[k].read().to(device)
         if k not in made: made.update(seen.mixed[k].tensors())
-        return made.pop(k).to(device).clone(memory_format=torch.contiguous_format)   # it may be a slice of another
+        t = made.pop(k).to(device).contiguous()
+        return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()     # it may be a slice of another
     for names in _groups(model):
         have = [k for k in names if k in seen.shapes]
         t = get(have[0])
@@ -186,23 +195,25 @@ def _tensors(model, seen, device):
 # %% ../../nbs/lowrank/checkpoint.ipynb #a5852243
 def load_decomposed(
     model: nn.Module|Callable[[],nn.Module]|None,   # function that builds the dense model, a dense model, or None where config.json says it
-    path: str|os.PathLike,                          # written by `decompose_checkpoint`; or any checkpoint of a decomposed model, with the plan as plan.json beside it
+    path: str|os.PathLike,                          # written by `decompose_checkpoint`, or of a decomposed model with its plan as plan.json beside it
     *,
     device: torch.device|str|None = None,           # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                     # a new model, in the mode (training or not) of the dense one, dtypes from the file
     "The model in a decomposed checkpoint, without any SVD; loads strictly"
     ck = _open(path)
     plan = _plan_of(ck)
-    if model is None and isinstance(model := _from_config(ck.path), str): raise ValueError(f'{model}. Pass model=, a function that builds the dense model.')
+    if model is None and isinstance(model := _from_config(ck.path if ck.path.is_dir() else ck.path.parent), str):
+        raise ValueError(f'{model}. Pass model=, a function that builds the dense model.')
     net = _build(model)
     if device is None: device = next((p.device for p in net.parameters() if not p.is_meta), 'cpu')
-    rename = _renamer(net, ck.tensors)
+    rename = _renamer(net, [*ck.tensors, *map(_whole, ck.tensors)])
     plan = _as_in(net, plan, rename)
     small = plan.skeleton(_emptied(net))
     names = small.state_dict().keys()
     seen = _matched(names, ck, _with_pairs(rename, plan, names), net)
     _check_match(small, seen)
     if (lost := [n for n,b in small.named_buffers() if b.is_meta and n not in names]):
-        raise ValueError(f'{lost[0]!r} is in no checkpoint and holds no data (meta device). Pass a function that builds the model, not a model on the meta device.')
+        raise ValueError(f'{lost[0]!r} is in no checkpoint and holds no data (meta device). '
+                         'Pass a function that builds the model, not a model on the meta device.')
     small.load_state_dict(_tensors(small, seen, device), assign=True)
     return small.to(device)

@@ -48,6 +48,21 @@ def _build(
     if not isinstance(res, nn.Module): raise TypeError(f'the function must return a torch.nn.Module, got {type(res).__name__}.')
     return res
 
+# %% ../../nbs/lowrank/names.ipynb #0bab50a0
+_PACKED = ('qweight', 'weight_packed')      # GPTQ and AWQ, compressed-tensors; others keep the name `weight`
+
+def _packed_in(
+    tensors: dict[str,_Stored],
+) -> dict[str,_Stored]:             # layer -> the tensor that holds its weight
+    "Layers whose weights are stored in a type that is no floating-point number of 16 to 64 bits"
+    res = {k[:-7]: t for k,t in tensors.items() if k.endswith('.weight') and len(t.shape) > 1 and t.torch_dtype not in _FLOATS}
+    return res | {k.rpartition('.')[0]: t for k,t in tensors.items() if k.rpartition('.')[2] in _PACKED}
+
+def _is_packed(t):
+    "Why the layer with this weight stays"
+    where = '' if (leaf := t.name.rpartition('.')[2]) == 'weight' else f' in {leaf!r}'
+    return f'stored as {t.dtype}{where}, not as one of float16 to float64: dequantize the checkpoint first'
+
 # %% ../../nbs/lowrank/names.ipynb #072b2fa7
 def _from_config(path):
     "A function that builds what config.json in `path` describes, or the reason why there is none"
@@ -57,9 +72,9 @@ def _from_config(path):
     try: cfg = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as e:
         return f'transformers {transformers.__version__} cannot read config.json in {path}: {str(e).splitlines()[0]}'
-    name = (getattr(cfg, 'architectures', None) or ['no architecture'])[0]
-    cls = getattr(transformers, name, None)
-    why = f'config.json in {path} names {name}, which transformers {transformers.__version__} does not have'
+    if not (names := getattr(cfg, 'architectures', None)): return f'config.json in {path} names no class of a model'
+    cls = getattr(transformers, names[0], None)
+    why = f'config.json in {path} names {names[0]}, which transformers {transformers.__version__} does not have'
     return why if cls is None else lambda: cls._from_config(cfg).eval()
 
 _LOOKED_UP = ('emb', 'wte', 'wpe', 'position')      # in the last part of a name: a table, not a layer
@@ -76,21 +91,6 @@ def _from_names(tensors, layers):
         dt = None if n in packed else t.torch_dtype
         at._modules[parts[-1]] = nn.Linear(*t.shape[::-1], bias=f'{n}.bias' in tensors, device='meta', dtype=dt)
     return res
-
-# %% ../../nbs/lowrank/names.ipynb #0bab50a0
-_PACKED = ('qweight', 'weight_packed')      # GPTQ and AWQ, compressed-tensors; others keep the name `weight`
-
-def _packed_in(
-    tensors: dict[str,_Stored],
-) -> dict[str,_Stored]:             # layer -> the tensor that holds its weight
-    "Layers whose weights are stored in a type that is no floating-point number of 16 to 64 bits"
-    res = {k[:-7]: t for k,t in tensors.items() if k.endswith('.weight') and len(t.shape) > 1 and t.torch_dtype not in _FLOATS}
-    return res | {k.rpartition('.')[0]: t for k,t in tensors.items() if k.rpartition('.')[2] in _PACKED}
-
-def _is_packed(t):
-    "Why the layer with this weight stays"
-    where = '' if (leaf := t.name.rpartition('.')[2]) == 'weight' else f' in {leaf!r}'
-    return f'stored as {t.dtype}{where}, not as one of float16 to float64: dequantize the checkpoint first'
 
 # %% ../../nbs/lowrank/names.ipynb #3b23db0e
 @dataclass(frozen=True)
@@ -200,25 +200,31 @@ def _hint(name, known):
 def _check_match(
     model: nn.Module,
     seen: _Match,           # the checkpoint
-    packed: bool = False,   # may layers be stored in 8 or 4 bits?
+    packed: bool = False,   # may layers be stored in 8 or 4 bits, with their scales?
 ):
     "Raise for the first tensor of `model` that is missing, has another shape, or is not in the model"
     want,groups,shapes = model.state_dict(keep_vars=True),_groups(model),seen.shapes
-    odd = {_key(n, 'weight') for n in seen.packed}
+    pats,odd = _ignored(model),{_key(n, 'weight') for n in seen.packed}
     lost = [g[0] for g in groups if not any(k in shapes or (packed and k in odd) for k in g)]
-    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in _ignored(model)) and not (packed and _beside(k, seen.packed))]
-    if lost and (n := next((n for n in seen.packed if _key(n, 'weight') in lost), None)) is not None: raise ValueError(
-        f'{seen.path}: the weight of {n!r} is {_is_packed(seen.packed[n])}.')
+    more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in pats)]
+    if packed: more = [k for k in more if _packed_around(k, seen.packed) is None]
+    else: _check_packed(want, seen, more)
     if lost: raise ValueError(f'{seen.path} lacks {len(lost)} of {len(groups)} tensors of the model: {_some(lost)}.{_hint(min(lost), more, seen)}')
     for k,v in want.items():
         if k not in shapes or not isinstance(v, torch.Tensor) or tuple(v.shape) == shapes[k] or (packed and k in odd): continue
         made = f' (made of {_quoted([t.name for _,t in seen.mixed[k].parts])})' if k in seen.mixed else ''
         raise ValueError(f'{seen.path}: {k!r}{made} has shape {shapes[k]}, the model has {tuple(v.shape)}. Is it the checkpoint of another model?')
-    if (n := next((_beside(k, seen.packed) for k in more if _beside(k, seen.packed)), None)): raise ValueError(
-        f'{seen.path}: the weight of {n!r} is {_is_packed(seen.packed[n])}. The model has no place for {_some([k for k in more if k.startswith(n)])}.')
     if more: raise ValueError(f'{seen.path} has {len(more)} tensors that the model lacks: {_some(more)}.')
 
-def _beside(k, packed):
+def _check_packed(want, seen, more):
+    "Raise for a packed weight that the model cannot hold, or not without the scales beside it"
+    rest = {n: k for k in more if (n := _packed_around(k, seen.packed)) is not None}
+    for n,t in seen.packed.items():
+        fits = (k := _key(n, 'weight')) in want and tuple(want[k].shape) == seen.shapes.get(k)
+        if n in rest or not fits: raise ValueError(
+            f'{seen.path}: the weight of {n!r} is {_is_packed(t)}. The model has no place for {rest.get(n, t.name)!r}.')
+
+def _packed_around(k, packed):
     "The packed layer that tensor `k` belongs to, such as its scales"
     return next((n for i in range(len(k)) if k[i] == '.' and (n := k[:i]) in packed), None)
 
