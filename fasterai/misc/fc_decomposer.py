@@ -75,7 +75,8 @@ class FC_Decomposer:
 
 # %% ../../nbs/misc/fc_decomposer.ipynb #c4a90301
 def _on_instance(f):
-    "`f`, a method that says so where it is called on the class"
+    "`f`, a method that raises with a hint where it is called on the class"
+    f.__qualname__ = f'FC_Decomposer.{f.__name__}'      # the name that its page shows
     @wraps(f)
     def g(self, *args, **kw):
         if isinstance(self, FC_Decomposer): return f(self, *args, **kw)
