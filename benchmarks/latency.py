@@ -10,7 +10,7 @@ import fastprogress.fastprogress, torch
 from fastcore.script import call_parse, store_true
 from torch import nn
 import fasterai
-from fasterai.lowrank.latency import _time_layer
+from fasterai.core.latency import _time_layer
 from fasterai.misc.all import FC_Decomposer, LatencyTable, Layer, ParamBudget
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from decompose import _cpu

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-import fasterai.lowrank.latency as latency
+import fasterai.core.latency as latency
 from fasterai.misc.all import *
 
 fixed = settings(derandomize=True, deadline=None, max_examples=80, database=None)

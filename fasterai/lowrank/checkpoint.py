@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core.distributed import agreed, balanced, gathered, shared, world
 from ..core.files import _open, _quoted
 from ..core.modules import _Detached, _span, _warn_user, find_linears
-from .calibrate import Calibration
+from ..core.calibrate import Calibration
 from .names import _architecture, _build, _check_match, _from_config, _groups, _key, _matched, _renamer, _sites
 from .plan import DecompositionPlan, _check_finite, _check_round_to, _decide, _left_out, _notes, _row_of, _spectrum, _warn
 from .ranks import mk_policy

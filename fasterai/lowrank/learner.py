@@ -19,13 +19,13 @@ from torch import nn
 from ..core.batches import left_as_found
 from ..core.modules import _warn_user, is_pair
 from ..misc.fc_decomposer import FC_Decomposer
-from .calibrate import Calibration
+from ..core.calibrate import Calibration
 from .factorize import spectrum
-from .latency import LatencyTable
+from ..core.latency import LatencyTable
 from .plan import DecompositionPlan, LayerPlan, make_plan
 from .ranks import FixedRank, Policy, RankRatio, mk_policy
 from .search import RATIOS, RankSuggestion, rank_find
-from .training import _Kept, _check_now, _decomposed, _dense_of, _kept, _running, _swap
+from ..core.learner import _Kept, _check_now, _decomposed, _dense_of, _kept, _running, _swap
 
 # %% ../../nbs/lowrank/learner.ipynb #5db4205a
 class _Unset:

@@ -21,7 +21,7 @@ from ..core.batches import shown
 from ..core.files import write_atomic
 from ..core.modules import _become, _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
 from ..core.distributed import agreed, balanced, shared, world
-from .calibrate import Calibration, NotDifferentiable, _collect
+from ..core.calibrate import Calibration, NotDifferentiable, _collect
 from .factorize import Basis, Solver, _check_solver, factorize, shifted_bias, spectrum, trunc_error
 from .ranks import Layer, ParamBudget, mk_policy, round_rank
 

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.batches import shown
 from ..core.modules import match_name, select
 from .factorize import break_even
-from .latency import LatencyTable
+from ..core.latency import LatencyTable
 
 # %% ../../nbs/lowrank/ranks.ipynb #b120e46e
 @dataclass(frozen=True)

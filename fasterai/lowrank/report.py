@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.modules import _double, count_params, is_pair
 from ..core.batches import _Bar, _rng_kept, Batches, left_as_found
-from .calibrate import _Collector, _Moments, _hooked, _outputs, _rows
-from .latency import _latencies
+from ..core.calibrate import _Collector, _Moments, _hooked, _outputs, _rows
+from ..core.latency import _latencies
 from .plan import DecompositionPlan, make_plan
 
 # %% ../../nbs/lowrank/report.ipynb #ce75d22f

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, pandas as pd
 from torch import nn
 from ..core.batches import _Bar
 from ..core.modules import _warn_user
-from .latency import LatencyTable
+from ..core.latency import LatencyTable
 from .plan import DecompositionPlan, make_plan
 from .ranks import ParamBudget
 from .report import plot_tradeoff
