@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np, torch
 from fastcore.basics import patch
 from ..core.batches import shown
+from ..core.budget import Choice, Options, TooTight, choose, fmt_cost
 from ..core.modules import match_name, select
 from .factorize import break_even
 from ..core.latency import LatencyTable
@@ -139,8 +140,6 @@ class PerLayer(Policy):
         return res
 
 # %% ../../nbs/lowrank/ranks.ipynb #20358ed7
-_UNITS = 4000   # steps of the budget in the dynamic program
-
 def _check_budget(ratio, params, cost, round_to):
     if (ratio is None) == (params is None): raise ValueError(f'pass either a ratio, such as ParamBudget(0.3), or params=, got {shown(ratio)} and params={shown(params)}.')
     if ratio is not None: _check_share(ratio, 'ratio', 'To keep 30 % pass 0.3; for an absolute number pass params=.')
@@ -193,7 +192,7 @@ def candidates(self:ParamBudget, o: Layer) -> np.ndarray:
     return ks[self.cost.faster(o, ks)] if self.by_latency else ks
 
 def _choices(self, layers):
-    "For each layer: ranks (dense last, as 0), costs, squared errors"
+    "For each layer: ranks (dense last, as 0), and what each costs and loses"
     totals = [float(np.square(np.asarray(o.spectrum, dtype=float)).sum()) for o in layers]
     most = max([t for o,t in zip(layers, totals) if o.weighted], default=1.)
     res = []
@@ -201,83 +200,14 @@ def _choices(self, layers):
         ks = np.append(self.candidates(o), 0)
         left = np.append(np.square(np.asarray(o.spectrum, dtype=float))[::-1].cumsum()[::-1], 0.)
         if not o.weighted: left = left/(t or 1.)*most     # no sensitivity: as if it mattered as much as the layer that matters most
-        res.append((ks, self.costs(o, ks), np.where(ks == 0, 0., left[ks])))
+        res.append((ks, Options(o.name, self.costs(o, ks), np.where(ks == 0, 0., left[ks]))))
     return res
-
-# %% ../../nbs/lowrank/ranks.ipynb #ae598806
-def _knapsack(choices, budget):
-    "Index of one choice per layer: dynamic programming over costs in units of the budget"
-    exact = math.gcd(*(int(c) for _,cost,_ in choices for c in cost)) if all((cost % 1 == 0).all() for _,cost,_ in choices) else 0
-    unit = exact if exact and budget/exact < _UNITS else budget/_UNITS
-    top = math.floor(budget/unit + 1e-9)
-    best,picks = np.zeros(top+1),[]
-    for _,cost,err in choices:
-        c = np.ceil(cost/unit - 1e-9).astype(int)
-        new,pick = np.full(top+1, np.inf),np.full(top+1, -1)
-        for i in np.flatnonzero(c <= top):
-            t = best[:top+1-c[i]] + err[i]
-            at = t < new[c[i]:]
-            new[c[i]:][at],pick[c[i]:][at] = t[at],i
-        best = new
-        picks.append((pick, c))
-    if not np.isfinite(best[-1]): return None
-    at,res = top,[]
-    for pick,c in reversed(picks):
-        res.append(pick[at])
-        at -= c[pick[at]]
-    return res[::-1]
-
-def _fill(choices, picked, budget):
-    "Spend what is left where it saves most per cost, as long as a better choice of some layer fits"
-    picked,left = list(picked),budget - sum(c[i] for (_,c,_),i in zip(choices, picked))
-    def best(l):
-        _,c,e = choices[l]
-        extra,gain = c - c[picked[l]],e[picked[l]] - e
-        ok = (extra <= left) & (gain > 0)
-        if not ok.any(): return -1., 0
-        rate = np.where(ok, gain/np.maximum(extra, 1e-9*budget), -1.)     # times can be equal: what costs nothing more comes first
-        return rate.max(), int(rate.argmax())
-    while True:
-        rate,i,l = max((*best(l), l) for l in range(len(choices)))
-        if rate <= 0: return picked
-        left -= choices[l][1][i] - choices[l][1][picked[l]]
-        picked[l] = i
-
-# %% ../../nbs/lowrank/ranks.ipynb #3733135b
-def _by_price(choices, mu): return [int((e + mu*c).argmin()) for _,c,e in choices]
-
-def _bound(choices, budget):
-    "Largest Lagrangian lower bound, and the choice within the budget that its price leads to"
-    def at(mu):
-        p = _by_price(choices, mu)
-        cost,err = (sum(o[j][i] for o,i in zip(choices, p)) for j in (1, 2))
-        return err + mu*(cost - budget), cost, p
-    lo,hi = 0.,1.
-    if at(lo)[1] <= budget: return at(lo)[0], at(lo)[2]
-    while at(hi)[1] > budget and hi < 1e30: hi *= 4
-    lo = 1e-30 if hi == 1. else 0.
-    for _ in range(100):
-        mid = math.sqrt(lo*hi) if lo else hi/4
-        if at(mid)[1] > budget: lo = mid
-        else: hi = mid
-        if lo and hi/lo < 1 + 1e-9: break
-    return max(at(lo)[0], at(hi)[0]), at(hi)[2]
 
 # %% ../../nbs/lowrank/ranks.ipynb #39c81a6f
 @dataclass(frozen=True)
-class BudgetSolution:
+class BudgetSolution(Choice):
     "Ranks, what they cost, and how far from the best possible they can be"
-    ranks: dict[str,int|None]
-    cost: float         # of the chosen ranks
-    budget: float       # allowed
-    error: float        # sum of the squared errors of all layers
-    bound: float        # no choice of ranks within the budget has less
-    unit: str = 'params'
-    def __str__(self):
-        gap = '' if self.error <= 0 else f', total error within {max(0., (self.error/self.bound)**.5 - 1) if self.bound > 0 else math.inf:.2%} of the least possible'
-        return f'{_amount(self.cost, self.unit)} of {_amount(self.budget, self.unit)} {self.unit} used ({self.cost/self.budget:.1%}){gap}'
-
-def _amount(x, unit): return f'{x:#.3g}' if unit == 'ms' and x < 99.5 else f'{x:,.0f}'
+    ranks: dict[str,int|None] = field(default_factory=dict)
 
 # %% ../../nbs/lowrank/ranks.ipynb #a68877cb
 @patch
@@ -286,18 +216,13 @@ def solve(self:ParamBudget, layers: Sequence[Layer]) -> BudgetSolution:
     for o in layers:
         if o.spectrum is None: raise ValueError(f'ParamBudget needs the singular values of {o.name!r}; its weight holds no data (meta device).')
     choices,unit = _choices(self, layers),'ms' if self.by_latency else self.cost
-    budget = float(self.params) if self.params is not None else self.ratio*sum(o[1][-1] for o in choices)
-    least = sum(o[1].min() for o in choices)
-    if least > budget:
-        raise ValueError(f'{self!r} allows {_amount(budget, unit)} {unit}, but these {len(layers)} layers need at least {_amount(least, unit)} (ranks in '
-            f'steps of {self.round_to}{self._slow(layers)}). Raise the budget, pass a smaller round_to, or leave layers out with exclude=.')
-    bound,priced = _bound(choices, budget)
-    tries = [_fill(choices, p, budget) for p in (_knapsack(choices, budget), priced) if p is not None]
-    cost,err = ([sum(o[j][i] for o,i in zip(choices, p)) for p in tries] for j in (1, 2))
-    if not tries: raise ValueError(f'{self!r} is too tight for {len(layers)} layers: raise the budget.')
-    i = min(range(len(tries)), key=lambda i: err[i])
-    ranks = {o.name: int(c[0][j]) or None for o,c,j in zip(layers, choices, tries[i])}
-    return BudgetSolution(ranks, cost[i], budget, err[i], max(0., bound), unit)
+    budget = float(self.params) if self.params is not None else self.ratio*sum(o.costs[-1] for _,o in choices)
+    try: sol = choose([o for _,o in choices], budget, unit=unit)
+    except TooTight as e:
+        raise ValueError(f'{self!r} allows {fmt_cost(budget, unit)} {unit}, but these {len(layers)} layers need at least {fmt_cost(e.least, unit)} (ranks in '
+            f'steps of {self.round_to}{self._slow(layers)}). Raise the budget, pass a smaller round_to, or leave layers out with exclude=.') from None
+    ranks = {o.name: int(ks[sol.picks[o.name]]) or None for o,(ks,_) in zip(layers, choices)}
+    return BudgetSolution(**vars(sol), ranks=ranks)
 
 # %% ../../nbs/lowrank/ranks.ipynb #2da7bcbd
 def mk_policy(
