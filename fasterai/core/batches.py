@@ -42,6 +42,13 @@ def _short(o) -> str:
     if isinstance(o, str): return repr(o if len(o) <= 60 else o[:60]+'…')
     return repr(o) if o is None or isinstance(o, (Number, torch.Tensor, np.ndarray)) else type(o).__name__
 
+def _is_tuple(o): return isinstance(o, (tuple, list)) and not isinstance(o, PackedSequence)
+
+def _kind(o):
+    "Dtype and shape of a tensor, or what else `o` is"
+    if not isinstance(o, torch.Tensor): return f'{type(o).__name__} of {len(o)} {type(o[0]).__name__}' if _is_tuple(o) and o else type(o).__name__
+    return ('' if o.layout is torch.strided else 'sparse ') + f'{str(o.dtype).removeprefix("torch.")}{tuple(o.shape)}'
+
 # %% ../../nbs/core/batches.ipynb #b7c1d204
 _FRAMES = frozenset('pandas polars pyarrow dask cudf modin'.split())
 
@@ -168,7 +175,7 @@ def _could_be(f: _Forward, p, t, x):
     if p.default is not None and not isinstance(p.default, torch.Tensor):
         return isinstance(p.default, float) and t.is_floating_point() and t.shape == getattr(x, 'shape', None)
     note = '' if p.annotation is p.empty else str(p.annotation)
-    if note and ('Tensor' not in note or re.match(r'(typing\.)?(Optional\[)?(tuple|list|dict)\b', note, re.I)): return False
+    if note and ('Tensor' not in note or re.match(r'((typing\.)?Optional\[)?(typing\.)?(tuple|list|dict|sequence|mapping)\b', note, re.I)): return False
     if (by := _by_name(p.name, t, x, max(2, getattr(f.config, 'type_vocab_size', 2)))) is not None: return by
     return not ('LongTensor' in note and t.is_floating_point() or 'FloatTensor' in note and not t.is_floating_point())
 
@@ -223,8 +230,6 @@ def _plain(o, dtype, device):
     o = torch.as_tensor(o, dtype=dtype) if isinstance(o, np.ndarray) and o.dtype.kind == 'f' else default_convert(o)
     return o if device is None else to_device(o, device)
 
-def _is_tuple(o): return isinstance(o, (tuple, list)) and not isinstance(o, PackedSequence)
-
 def _nested(f: _Forward, batch):
     "Is the first item of `batch` a tuple of inputs, each for an argument of its own?"
     inner = batch[0]
@@ -278,7 +283,10 @@ def args(self:Batches,
     if (way := not isinstance(batch, str) and _way_out(batch)): raise TypeError(f'data must be batches of tensors, and a batch is a {type(batch).__name__}. {way}')
     if batch is None or isinstance(batch, Number) or isinstance(batch, (torch.Tensor, np.ndarray)) and batch.ndim == 0:
         raise TypeError(f'data must be batches of tensors, and a batch is {_short(batch)}. Put the rows into one tensor (batch, …).')
-    res = model_args(model, batch, self.n_inp, splits=self.splits)
+    n_inp,dl = self.n_inp,self.dls.train if self.loaders else self.dls
+    guessed = n_inp == 1 and not hasattr(dl.dataset, 'n_inp') and _is_tuple(batch)    # fastai takes all items of plain datasets but the last for inputs
+    if guessed and len(batch) == 2 and _recognized(_Forward(model), *_plain([batch[0], batch[1:]], None, None)): n_inp = None
+    res = model_args(model, batch, n_inp, splits=self.splits)
     if self.single and len(res[2]) > 2:
         raise ValueError(f'a tuple is one batch, and forward takes {len(res[0])+len(res[1])} of its {len(batch)} items. Pass several batches as a list.')
     return res
@@ -340,11 +348,6 @@ def run_batches(
                 raise
             yield out, targets
     if n == 0 and place[1] == 1: raise ValueError('data has no batches.' + isinstance(b.dls, Iterator)*' An iterator can be gone through only once: pass a list.')
-
-def _kind(o):
-    "Dtype and shape of a tensor, or what else `o` is"
-    if not isinstance(o, torch.Tensor): return f'{type(o).__name__} of {len(o)} {type(o[0]).__name__}' if _is_tuple(o) and o else type(o).__name__
-    return ('' if o.layout is torch.strided else 'sparse ') + f'{str(o.dtype).removeprefix("torch.")}{tuple(o.shape)}'
 
 def _kinds(args, kw):
     "What was passed to a model, for an error"
