@@ -46,7 +46,8 @@ def _is_tuple(o): return isinstance(o, (tuple, list)) and not isinstance(o, Pack
 
 def _kind(o):
     "Dtype and shape of a tensor, or what else `o` is"
-    if not isinstance(o, torch.Tensor): return f'{type(o).__name__} of {len(o)} {type(o[0]).__name__}' if _is_tuple(o) and o else type(o).__name__
+    if _is_tuple(o) and o: return f'{type(o).__name__} of {len(o)} {type(o[0]).__name__}'
+    if not isinstance(o, torch.Tensor): return type(o).__name__
     return ('' if o.layout is torch.strided else 'sparse ') + f'{str(o.dtype).removeprefix("torch.")}{tuple(o.shape)}'
 
 # %% ../../nbs/core/batches.ipynb #b7c1d204
@@ -57,7 +58,7 @@ def _way_out(data) -> str|None:
     if isinstance(data, nn.Module): return 'Models come first, data second.'
     if isinstance(data, type): return f'Pass an instance of the class {data.__name__}.'
     if isinstance(data, (str, bytes, os.PathLike)): return 'Load the file first; statistics are loaded by Calibration.load(path).'
-    if type(data).__module__.partition('.')[0] in _FRAMES: return 'Pass torch.tensor(data.to_numpy(), dtype=torch.float32), or a DataLoader.'
+    if type(data).__module__.split('.')[0] in _FRAMES: return 'Pass torch.tensor(data.to_numpy(), dtype=torch.float32), or a DataLoader.'
     if isinstance(data, FilteredBase): return 'It holds single items: pass its dataloaders().'
     if hasattr(type(data), 'column_names') or isinstance(data, Dataset) and not isinstance(data, Iterable):
         return 'It holds single samples: pass torch.utils.data.DataLoader(data, batch_size=64).'
@@ -116,19 +117,20 @@ class _Forward:
         named = [p for p in ps if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY, p.KEYWORD_ONLY)]
         self.names = [p.name for p in named]
         self.needed = sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in named)
-        self.anything,self.any_name = (any(p.kind is k for p in ps) for k in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD))
+        self.anything,self.any_name = any(p.kind is p.VAR_POSITIONAL for p in ps),any(p.kind is p.VAR_KEYWORD for p in ps)
         self.optional = [p for p in named[max(1, self.needed):] if p.kind is not p.POSITIONAL_ONLY and not _TARGETS.fullmatch(p.name)]
     def __str__(self): return f'forward of {self.cls} takes {", ".join(sorted(self.names)) or "nothing"}'
 
 # %% ../../nbs/core/batches.ipynb #b7c1d207
 def _binary(t): return t.dtype is torch.bool or bool(((t == 0) | (t == 1)).all())
 
-def _is_mask(
-    t,  # of the shape (batch, tokens)
-    x,  # first input (batch, tokens, …)
-):
+def _per_token(t, x):
+    "Has `t` one value (batch, tokens) for each token of the first input `x` (batch, tokens, …)?"
+    return isinstance(t, torch.Tensor) and isinstance(x, torch.Tensor) and x.ndim > 1 and t.shape == x.shape[:2]
+
+def _is_mask(t, x):
     "Is `t` the padding mask of `x`: ones from the first token on, or the same padding token wherever it is 0?"
-    if not _binary(t) or not (m := t.bool()).any(): return False
+    if not _per_token(t, x) or not _binary(t) or not (m := t.bool()).any(): return False
     if t.dtype is torch.bool or (m[:,0].all() and (m[:,:-1] | ~m[:,1:]).all()): return True
     out = x[~m]
     if not (out == out[0]).all(): return False
@@ -142,8 +144,7 @@ def _is_types(t, mask):
 # %% ../../nbs/core/batches.ipynb #b7c1d209
 def _recognized(f: _Forward, x, items) -> dict[int,str]:
     "Masks and token types of the tokens `x` (batch, tokens, …) among `items`: index -> argument of `forward`"
-    if not isinstance(x, torch.Tensor) or x.ndim < 2: return {}
-    alike = [i for i,t in enumerate(items) if isinstance(t, torch.Tensor) and t.shape == x.shape[:2]]
+    alike = [i for i,t in enumerate(items) if _per_token(t, x)]
     masks = [i for i in alike if _is_mask(items[i], x)]
     masks = [i for i in masks if all((items[i] >= items[j]).all() for j in masks)]      # types lie inside of the mask
     names = [p.name for p in f.optional if 'mask' in p.name]
@@ -154,14 +155,16 @@ def _recognized(f: _Forward, x, items) -> dict[int,str]:
     return res
 
 # %% ../../nbs/core/batches.ipynb #b7c1d20b
-_NO_TENSOR = re.compile(r'(return|output|use|need|is|with|do|only|get|interpolate|apply|compute)_.*|verbose|training|mode|.*cache.*|past_key_values|mems')
-_NO_LABELS = re.compile(r'h|h0|hx|c|c0|.*(hidden|state|scale|weight|bias|noise|feat|embed|memory|context).*')    # class numbers are none of these
+_NO_TENSOR = re.compile(r'(return|output|use|need|is|with|do|only|get|interpolate|apply|compute)_.*|verbose|training|mode|.*cache.*|past_.*|mems')
+_NO_LABELS = re.compile(r'h|h0|hx|c|c0|.*(hidden|state|scale|weight|bias|noise|feat|embed|memory|context).*')    # not for class numbers
+_COLLECTION = re.compile(r'((typing\.)?Optional\[)?(typing\.)?(tuple|list|dict|sequence|mapping)\b', re.I)
 
 def _by_name(name, t, x, vocab):
     "Could tensor `t` be the argument `name` of a call whose first input is `x`? Not by its name alone: None"
     whole,like = not t.is_floating_point(),isinstance(x, torch.Tensor) and t.shape == x.shape[:t.ndim]
     if _NO_TENSOR.fullmatch(name): return False
-    if 'mask' in name: return t.ndim > 1 and _binary(t) and (t.dtype is torch.bool or like or all(n in (1, *getattr(x, 'shape', ())[1:]) for n in t.shape[1:]))
+    if 'mask' in name:
+        return t.ndim > 1 and _binary(t) and (t.dtype is torch.bool or like or {*t.shape[1:]} <= {1, *getattr(x, 'shape', ())[1:]})
     if 'len' in name: return whole and t.ndim == 1 and bool((t > 0).all()) and (getattr(x, 'ndim', 0) < 2 or int(t.max()) <= x.shape[1])
     if name == 'token_type_ids': return whole and like and t.ndim == 2 and bool(((t >= 0) & (t < vocab)).all())
     if name == 'position_ids': return whole and t.ndim == 2 and bool((t[:,1:] - t[:,:-1] == 1).float().mean() > .5)
@@ -175,7 +178,7 @@ def _could_be(f: _Forward, p, t, x):
     if p.default is not None and not isinstance(p.default, torch.Tensor):
         return isinstance(p.default, float) and t.is_floating_point() and t.shape == getattr(x, 'shape', None)
     note = '' if p.annotation is p.empty else str(p.annotation)
-    if note and ('Tensor' not in note or re.match(r'((typing\.)?Optional\[)?(typing\.)?(tuple|list|dict|sequence|mapping)\b', note, re.I)): return False
+    if note and ('Tensor' not in note or _COLLECTION.match(note)): return False
     if (by := _by_name(p.name, t, x, max(2, getattr(f.config, 'type_vocab_size', 2)))) is not None: return by
     return not ('LongTensor' in note and t.is_floating_point() or 'FloatTensor' in note and not t.is_floating_point())
 
@@ -193,7 +196,7 @@ def _unclear(f: _Forward, x, items, named) -> dict[int,list[str]]:
     for i,t in enumerate(items):
         if i in named or _is_target(t, x): continue
         names = [p.name for p in f.optional if p.name not in named.values() and _could_be(f, p, t, x)]
-        if f.any_name and 'attention_mask' not in f.names and x.ndim > 1 and t.shape == x.shape[:2] and _is_mask(t, x): names.append('attention_mask')
+        if f.any_name and 'attention_mask' not in f.names and _is_mask(t, x): names.append('attention_mask')
         if names: res[i] = names
     return res
 
@@ -211,17 +214,15 @@ def _split(f: _Forward, batch, n_inp: int|None) -> tuple[int,dict[int,str]]:
     if n_inp is not None: return n_inp, {}
     n = max(1, f.needed)
     if f.anything:
-        x,t = batch[0],batch[-1]
-        mask = len(batch) > n and all(isinstance(o, torch.Tensor) for o in (x, t)) and x.ndim > 1 and t.shape == x.shape[:2] and _is_mask(t, x)
-        return max(n, len(batch) - (not mask)), {}
+        return max(n, len(batch) - (len(batch) == 1 or not _is_mask(batch[-1], batch[0]))), {}
     x,items = batch[0],batch[n:]
     named = _recognized(f, x, items)
     if (unclear := _unclear(f, x, items, named)): _ask(f, batch, n, named, unclear)
     return n, {i+n: k for i,k in named.items()}
 
 # %% ../../nbs/core/batches.ipynb #b7c1d20d
-def _plain(o, dtype, device):
-    "`o` with dicts in place of other mappings, and tensors on `device` in place of arrays; NumPy makes float64 unasked, so floats get the dtype of the model"
+def _plain(o, dtype=None, device=None):
+    "`o` with plain dicts, and tensors on `device` in place of arrays; floating-point arrays get `dtype`, since NumPy makes float64 unasked"
     if isinstance(o, Mapping): return {k: _plain(v, dtype, device) for k,v in o.items()}
     if isinstance(o, PackedSequence): return o if device is None else o.to(device)
     if isinstance(o, (tuple, list)):
@@ -239,57 +240,65 @@ def _nested(f: _Forward, batch):
     return f.needed == 0 or 1 < len(inner) <= len(f.optional)+1 and all(
         i in named or _could_be(f, p, t, inner[0]) for i,(p,t) in enumerate(zip(f.optional, inner[1:])))
 
-def model_args(
-    model: nn.Module,
-    batch,                     # tensor, array, dict, or a tuple or list of inputs and maybe targets
-    n_inp: int|None = None,    # how many items of a tuple are inputs; None to go by `forward`
-    *,
-    splits: dict|None = None,  # what was found out about earlier batches, and is added to; so that all are read alike, and a warning comes once
-) -> tuple[tuple,dict,tuple]:  # positional arguments, keyword arguments, targets
-    "The arguments of `model` for `batch`, on its device, and the targets"
-    t,f = next(chain(model.parameters(), model.buffers()), None),_Forward(model)
-    batch = _plain(batch, *((None, None) if t is None else (t.dtype if t.is_floating_point() else None, t.device)))
-    fields = getattr(batch, '_fields', ()) if _is_tuple(batch) else ()
-    if fields and fields[0] in f.names: batch = {k: v for k,v in zip(fields, batch) if k in f.names and not _TARGETS.fullmatch(k)}
-    if isinstance(batch, Mapping): return _dict_args(f, batch)
-    if not _is_tuple(batch) or not batch: return (batch,), {}, ()
-    if n_inp is None and isinstance(batch[0], Mapping): return *_dict_args(f, batch[0])[:2], tuple(batch[1:])
-    if n_inp is None and _nested(f, batch): return *_all_inputs(f, batch[0]), tuple(batch[1:])
-    splits,key = {} if splits is None else splits,len(batch)
-    if key not in splits: splits[key] = _split(f, batch, n_inp)
-    n,named = splits[key]
-    if n == 1 and isinstance(batch[0], Mapping): return *_dict_args(f, batch[0])[:2], tuple(batch[1:])
-    return tuple(batch[:n]), {k: batch[i] for i,k in named.items()}, tuple(o for i,o in enumerate(batch) if i >= n and i not in named)
-
-def _dict_args(f, batch):
-    kw = {k: v for k,v in batch.items() if f.any_name or k in f.names}
-    if kw: return (), kw, tuple(v for k,v in batch.items() if k not in kw)
-    keys = ', '.join(map(repr, list(batch)[:5])) + ', …'*(len(batch) > 5) or 'nothing'
-    raise ValueError(f'{f}; the batch has {keys}.')
-
-def _all_inputs(f, batch):
+def _all_inputs(f: _Forward, batch):
     "Arguments for a tuple of inputs without targets"
     n = max(1, f.needed)
     named = {i+n: k for i,k in _recognized(f, batch[0], batch[n:]).items()}
     if len(named) < len(batch) - n: n,named = len(batch),{}
     return tuple(batch[:n]), {k: batch[i] for i,k in named.items()}
 
+def _dict_args(f: _Forward, batch):
+    kw = {k: v for k,v in batch.items() if f.any_name or k in f.names}
+    if kw: return (), kw, tuple(v for k,v in batch.items() if k not in kw)
+    keys = ', '.join(map(repr, list(batch)[:5])) + ', …'*(len(batch) > 5) or 'nothing'
+    raise ValueError(f'{f}; the batch has {keys}.')
+
+# %% ../../nbs/core/batches.ipynb #b7c1d212
+def model_args(
+    model: nn.Module,
+    batch,                     # tensor, array, dict, or a tuple or list of inputs and maybe targets
+    n_inp: int|None = None,    # how many items of a tuple are inputs; None to go by `forward`
+    *,
+    splits: dict|None = None,  # how earlier batches were read, to read this one alike; filled by the first one, which alone warns
+) -> tuple[tuple,dict,tuple]:  # positional arguments, keyword arguments, targets
+    "The arguments of `model` for `batch`, on its device, and the targets"
+    t,f = next(chain(model.parameters(), model.buffers()), None),_Forward(model)
+    batch = _plain(batch) if t is None else _plain(batch, t.dtype if t.is_floating_point() else None, t.device)
+    fields = getattr(batch, '_fields', ()) if _is_tuple(batch) else ()
+    if fields and fields[0] in f.names:     # a named tuple
+        batch = {k: v for k,v in zip(fields, batch) if k in f.names and not _TARGETS.fullmatch(k)}
+    if isinstance(batch, Mapping): return _dict_args(f, batch)
+    if not _is_tuple(batch) or not batch: return (batch,), {}, ()
+    if isinstance(batch[0], Mapping) and n_inp in (None, 1): return *_dict_args(f, batch[0])[:2], tuple(batch[1:])
+    if n_inp is None and _nested(f, batch): return *_all_inputs(f, batch[0]), tuple(batch[1:])
+    splits,key = {} if splits is None else splits,len(batch)
+    if key not in splits: splits[key] = _split(f, batch, n_inp)
+    n,named = splits[key]
+    return tuple(batch[:n]), {k: batch[i] for i,k in named.items()}, tuple(o for i,o in enumerate(batch) if i >= n and i not in named)
+
+# %% ../../nbs/core/batches.ipynb #b7c1d213
 @patch
 def args(self:Batches, 
     model: nn.Module,
     batch,      # one of these batches
 ) -> tuple[tuple,dict,tuple]: # positional arguments, keyword arguments, targets
     "`model_args` for one of these batches; all are read as the first one was"
-    if (way := not isinstance(batch, str) and _way_out(batch)): raise TypeError(f'data must be batches of tensors, and a batch is a {type(batch).__name__}. {way}')
+    if not isinstance(batch, str) and (way := _way_out(batch)):
+        raise TypeError(f'data must be batches of tensors, and a batch is a {type(batch).__name__}. {way}')
     if batch is None or isinstance(batch, Number) or isinstance(batch, (torch.Tensor, np.ndarray)) and batch.ndim == 0:
         raise TypeError(f'data must be batches of tensors, and a batch is {_short(batch)}. Put the rows into one tensor (batch, …).')
-    n_inp,dl = self.n_inp,self.dls.train if self.loaders else self.dls
-    guessed = n_inp == 1 and not hasattr(dl.dataset, 'n_inp') and _is_tuple(batch)    # fastai takes all items of plain datasets but the last for inputs
-    if guessed and len(batch) == 2 and _recognized(_Forward(model), *_plain([batch[0], batch[1:]], None, None)): n_inp = None
-    res = model_args(model, batch, n_inp, splits=self.splits)
-    if self.single and len(res[2]) > 2:
-        raise ValueError(f'a tuple is one batch, and forward takes {len(res[0])+len(res[1])} of its {len(batch)} items. Pass several batches as a list.')
-    return res
+    args,kw,targets = model_args(model, batch, self._n_inp(model, batch), splits=self.splits)
+    if self.single and len(targets) > 2:
+        raise ValueError(f'a tuple is one batch, and forward takes {len(args)+len(kw)} of its {len(batch)} items. '
+                         'Pass several batches as a list.')
+    return args, kw, targets
+
+@patch
+def _n_inp(self:Batches, model, batch):
+    "Of plain datasets, fastai takes the last item for the target; it is none where it is a mask"
+    n,dl = self.n_inp,self.dls.train if self.loaders else self.dls
+    guessed = n == 1 and _is_tuple(batch) and len(batch) == 2 and not hasattr(dl.dataset, 'n_inp')
+    return None if guessed and _recognized(_Forward(model), *_plain([batch[0], batch[1:]])) else n
 
 # %% ../../nbs/core/batches.ipynb #03b5cc08
 @contextmanager
@@ -344,15 +353,18 @@ def run_batches(
             try:
                 with torch.set_grad_enabled(grad): out = b.fn(model) if b.fn else model(*args, **kw)
             except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as e:
-                if hasattr(e, 'add_note'): e.add_note(f'The model failed on batch {n-1} of data' + ('' if b.fn else f': {_kinds(args, kw)}') + '.')
+                what = '' if b.fn else f': {_kinds(args, kw)}'
+                if hasattr(e, 'add_note'): e.add_note(f'The model failed on batch {n-1} of data{what}.')
                 raise
             yield out, targets
-    if n == 0 and place[1] == 1: raise ValueError('data has no batches.' + isinstance(b.dls, Iterator)*' An iterator can be gone through only once: pass a list.')
+    once = ' An iterator can be gone through only once: pass a list.' if isinstance(b.dls, Iterator) else ''
+    if n == 0 and place[1] == 1: raise ValueError(f'data has no batches.{once}')
 
 def _kinds(args, kw):
     "What was passed to a model, for an error"
     odd = [o for o in chain(args, kw.values()) if not isinstance(o, torch.Tensor) or o.layout is not torch.strided]
-    return ', '.join([*map(_kind, args), *[f'{k}={_kind(v)}' for k,v in kw.items()]]) + ('. Batches hold dense tensors or NumPy arrays' if odd else '')
+    what = ', '.join([*map(_kind, args), *[f'{k}={_kind(v)}' for k,v in kw.items()]])
+    return what + ('. Batches hold dense tensors or NumPy arrays' if odd else '')
 
 # %% ../../nbs/core/batches.ipynb #0875a90d
 def _seed():
