@@ -2,6 +2,7 @@
 import copy, warnings
 from collections import namedtuple
 from pathlib import Path
+from typing import List, Optional
 import numpy as np, pandas as pd, pytest, torch, transformers as hf
 from fastai.basics import DataLoader as FastaiLoader, DataLoaders, Learner
 from fastai.tabular.all import Categorify, CategoryBlock, Normalize, TabularDataLoaders, tabular_learner
@@ -39,7 +40,7 @@ def read(model, batch, warns=0, **kw):
 class Args(nn.Module):
     "A model with the `forward` given as text"
     def __new__(cls, sig):
-        scope = dict(torch=torch, nn=nn)
+        scope = dict(torch=torch, nn=nn, Optional=Optional, List=List)
         exec(f'class M(nn.Module):\n    def __init__(self): super().__init__(); self.fc = nn.Linear(8, 4)\n    def forward(self, {sig}): return self.fc(x)', scope)
         return scope['M']()
 
@@ -153,7 +154,7 @@ def test_other_networks():
 # ------------------------------------------------------------------ other signatures
 
 @pytest.mark.parametrize('sig', ['x', 'x, return_features=False', 'x, return_features=None', "x, mode='train'", 'x, temperature=1.', 'x, n_layers=3', 'x, hidden=None',
-    'x, mask=None', 'x, attn_mask: torch.Tensor|None=None', 'x, is_causal: bool|None=None', 'x, sizes: list[torch.Tensor]|None=None', 'x, cache=None', 'x, *, verbose=False',
+    'x, mask=None', 'x, attn_mask: torch.Tensor|None=None', 'x, is_causal: bool|None=None', 'x, sizes: list[torch.Tensor]|None=None', 'x, sizes: Optional[List[torch.Tensor]]=None', 'x, cache=None', 'x, *, verbose=False',
     'x, lengths=None', '*args', 'x, *args', 'x=None, **kw'])
 @pytest.mark.parametrize('y', [Y, torch.eye(4)[Y]], ids=['classes', 'one-hot'])
 def test_ordinary_labels_are_targets_without_a_word(sig, y):
@@ -254,6 +255,16 @@ def test_fastai_loaders_of_plain_datasets():
     plain = DataLoaders(DataLoader(TensorDataset(X, Y), 4), DataLoader(TensorDataset(X, Y), 4))
     assert [len(t) for _,t in run_batches(Args('x'), plain)] == [1, 1, 1]
     assert [len(t) for _,t in run_batches(Args('x'), FastaiLoader(X, bs=4))] == [0, 0, 0]
+
+def test_fastai_loaders_of_text_without_labels():
+    "fastai takes the last item for the target where the dataset does not say more; a mask is none"
+    ids,mask,_ = text()
+    seen = []
+    hook = BERT.register_forward_pre_hook(lambda m, a, kw: seen.append(kw.get('attention_mask')), with_kwargs=True)
+    dls = DataLoaders.from_dsets(TensorDataset(ids, mask), TensorDataset(ids, mask), bs=6)
+    try: outs = [t for _,t in run_batches(BERT, dls)]
+    finally: hook.remove()
+    assert outs == [()] and seen[0].sum() == mask.sum()
 
 def test_text_classifier():
     m = get_text_classifier(AWD_LSTM, 50, 2, config={**awd_lstm_clas_config, 'emb_sz': 12, 'n_hid': 12, 'n_layers': 1})

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from fastai.basics import DataLoaders, Learner
 from torch import nn
 from torch.utils.data import TensorDataset
-from fasterai.core.batches import shown
+from fasterai.core.batches import _short
 from fasterai.misc.all import *
 
 class Mine(nn.Linear): pass
@@ -53,7 +53,7 @@ def test_the_constructor_says_where_it_goes(arg, thing, text):
 
 @pytest.mark.parametrize('ratio', ['0.5', True, None, torch.tensor(.5), [.5], b'1', 1+0j])
 def test_a_ratio_is_a_number(ratio):
-    assert error(FC_Decomposer, ratio).startswith(f'rank_ratio must be a number in (0, 1], got {shown(ratio)}')
+    assert error(FC_Decomposer, ratio).startswith(f'rank_ratio must be a number in (0, 1], got {_short(ratio)}')
 
 @pytest.mark.parametrize('kind', [np.float16, np.float32, np.float64, np.longdouble])
 @pytest.mark.parametrize('ratio', [.7, .29, .3])
@@ -139,4 +139,4 @@ def test_plans_and_statistics_take_models(thing):
 
 @pytest.mark.parametrize('x,text', [(.5, '0.5'), (None, 'None'), (True, 'True'), ('head', "'head'"), ('a'*99, "'" + 'a'*60 + "…'"), (MODEL, 'Sequential'), (LEARN, 'Learner'),
     (X, 'Tensor of shape (16, 8)'), (X.numpy(), 'ndarray of shape (16, 8)'), (nn.Linear, 'the class Linear'), ([MODEL], 'list'), ({}, 'dict')])
-def test_shown(x, text): assert shown(x) == text
+def test_shown(x, text): assert _short(x) == text

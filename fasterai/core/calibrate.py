@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from .modules import _atomic, _double, find_linears, select
-from .batches import run_batches, shown
+from .batches import _short, run_batches
 from .distributed import agreed, gathered, summed, world
 
 # %% ../../nbs/core/calibrate.ipynb #5e4af6c1
@@ -472,7 +472,7 @@ def calibrate(
 ) -> Calibration:
     "Run `model` over `data` and collect what `FC_Decomposer.plan` and `decompose` need to know about its layers"
     sensitivity = {True: 'full', False: None}.get(sensitivity, sensitivity)
-    if sensitivity not in (None, 'full', 'diag'): raise ValueError(f"sensitivity must be 'full', 'diag' or None, got {shown(sensitivity)}.")
+    if sensitivity not in (None, 'full', 'diag'): raise ValueError(f"sensitivity must be 'full', 'diag' or None, got {_short(sensitivity)}.")
     if loss is not None and sensitivity is None: raise ValueError("loss= makes the sensitivity: pass sensitivity='full' or 'diag' too.")
     sites = [s for s in find_linears(model, types=types) if s.reason is None]
     if layers is not None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 from fastcore.basics import patch
 from torch import nn
-from .batches import shown
+from .batches import _short
 from .files import write_atomic
 from .modules import select
 
@@ -74,7 +74,7 @@ class Plan(ABC):
     def __len__(self): return len(self.layers)
     def __getitem__(self, name: str) -> Row:
         "The row of unit `name`"
-        if not isinstance(name, str): raise TypeError(f'a plan is indexed by a name, got {shown(name)}; the rows are in plan.layers.')
+        if not isinstance(name, str): raise TypeError(f'a plan is indexed by a name, got {_short(name)}; the rows are in plan.layers.')
         if (hit := [o for o in self.layers if name in o.names]): return hit[0]
         raise ValueError(f'{name!r} has no row of its own; below it lie {", ".join(map(repr, self._names(name, "name")[:3]))}.')
     def _names(self, patterns: str|Iterable[str], arg: str) -> list[str]:

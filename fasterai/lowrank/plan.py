@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
-from ..core.batches import shown
+from ..core.batches import _short
 from ..core.files import write_atomic
 from ..core.modules import _become, _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
 from ..core.distributed import agreed, balanced, shared, world
@@ -82,7 +82,7 @@ class DecompositionPlan:
     def __len__(self): return len(self.layers)
     def __getitem__(self, name: str) -> LayerPlan:
         "The plan of layer `name`"
-        if not isinstance(name, str): raise TypeError(f'a plan is indexed by the name of a layer, got {shown(name)}; the rows are in plan.layers.')
+        if not isinstance(name, str): raise TypeError(f'a plan is indexed by the name of a layer, got {_short(name)}; the rows are in plan.layers.')
         if (hit := [o for o in self.layers if name in o.names]): return hit[0]
         raise ValueError(f'{name!r} is not a layer; below it lie {", ".join(map(repr, self._names(name, "name")[:3]))}.')
 
@@ -228,7 +228,7 @@ def make_plan(
 def _statistics(model, data, sites, policy, n_batches, sensitivity, loss):
     "Statistics of the layers `sites`, an empty `Calibration` without data"
     if sensitivity not in (True, False, None, 'auto', 'full', 'diag'):
-        raise ValueError(f"sensitivity must be 'auto', True, False, 'full' or 'diag', got {shown(sensitivity)}.")
+        raise ValueError(f"sensitivity must be 'auto', True, False, 'full' or 'diag', got {_short(sensitivity)}.")
     if data is None:
         if loss is not None or sensitivity in (True, 'full', 'diag'): raise ValueError('sensitivity and loss= need data: pass data= too.')
         return Calibration({})
@@ -277,7 +277,7 @@ def _left_out(model, sites, layers, exclude, policy):
 
 def _check_round_to(round_to, policy):
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f'round_to must be an int of at least 1, got {shown(round_to)}.')
+        raise ValueError(f'round_to must be an int of at least 1, got {_short(round_to)}.')
     if isinstance(policy, ParamBudget) and round_to != 1: raise ValueError(f'a budget chooses its own ranks: pass ParamBudget(…, round_to={round_to}).')
 
 # %% ../../nbs/lowrank/plan.ipynb #9344fdb5

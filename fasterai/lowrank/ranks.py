@@ -15,7 +15,7 @@ from numbers import Integral, Real
 from typing import Literal
 import numpy as np, torch
 from fastcore.basics import patch
-from ..core.batches import shown
+from ..core.batches import _short
 from ..core.budget import Choice, Options, TooTight, choose, fmt_cost
 from ..core.modules import match_name, select
 from .factorize import break_even
@@ -68,7 +68,7 @@ class LayerPolicy(Policy):
 
 # %% ../../nbs/lowrank/ranks.ipynb #ddd74b1a
 def _check_share(x, arg, what):
-    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f'{arg} must be a number in (0, 1], got {shown(x)}.' +
+    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f'{arg} must be a number in (0, 1], got {_short(x)}.' +
         (' Pass it as policy=.' if isinstance(x, (Policy, Mapping)) else ''))
     if not 0 < x <= 1: raise ValueError(f'{arg} must be in (0, 1], got {x}. {what}')
 
@@ -100,7 +100,7 @@ class FixedRank(LayerPolicy):
     k: int
     needs_spectra = False
     def __post_init__(self):
-        if isinstance(self.k, bool) or not isinstance(self.k, Integral): raise TypeError(f'rank must be an int, got {shown(self.k)}.')
+        if isinstance(self.k, bool) or not isinstance(self.k, Integral): raise TypeError(f'rank must be an int, got {_short(self.k)}.')
         if self.k < 1: raise ValueError(f'rank must be at least 1, got {self.k}. To leave a layer dense use exclude= or None.')
     def rank(self, layer): return min(int(self.k), layer.max_rank)
 
@@ -141,15 +141,15 @@ class PerLayer(Policy):
 
 # %% ../../nbs/lowrank/ranks.ipynb #20358ed7
 def _check_budget(ratio, params, cost, round_to):
-    if (ratio is None) == (params is None): raise ValueError(f'pass either a ratio, such as ParamBudget(0.3), or params=, got {shown(ratio)} and params={shown(params)}.')
+    if (ratio is None) == (params is None): raise ValueError(f'pass either a ratio, such as ParamBudget(0.3), or params=, got {_short(ratio)} and params={_short(params)}.')
     if ratio is not None: _check_share(ratio, 'ratio', 'To keep 30 % pass 0.3; for an absolute number pass params=.')
-    elif isinstance(params, bool) or not isinstance(params, Integral): raise TypeError(f'params must be an int, got {shown(params)}.')
+    elif isinstance(params, bool) or not isinstance(params, Integral): raise TypeError(f'params must be an int, got {_short(params)}.')
     elif params < 1: raise ValueError(f'params must be at least 1, got {params}.')
-    if params is not None and cost != 'params': raise ValueError(f"params= counts parameters; with cost={shown(cost)} pass a ratio.")
+    if params is not None and cost != 'params': raise ValueError(f"params= counts parameters; with cost={_short(cost)} pass a ratio.")
     if not isinstance(cost, LatencyTable) and cost not in ('params','macs','bytes'):
-        raise ValueError(f"cost must be 'params', 'macs', 'bytes', 'latency' or a LatencyTable, got {shown(cost)}.")
+        raise ValueError(f"cost must be 'params', 'macs', 'bytes', 'latency' or a LatencyTable, got {_short(cost)}.")
     if isinstance(round_to, bool) or not isinstance(round_to, Integral) or round_to < 1:
-        raise ValueError(f'round_to must be an int of at least 1, got {shown(round_to)}.')
+        raise ValueError(f'round_to must be an int of at least 1, got {_short(round_to)}.')
 
 @dataclass(frozen=True)
 class ParamBudget(Policy):
@@ -233,7 +233,7 @@ def mk_policy(
     if isinstance(x, Mapping): return PerLayer(x)
     if isinstance(x, Integral) and not isinstance(x, bool): return FixedRank(int(x))
     if isinstance(x, Real) and not isinstance(x, bool): return RankRatio(float(x))
-    raise TypeError(f'a policy is a float (share of singular values), an int (rank), a dict or a Policy, got {shown(x)}.')
+    raise TypeError(f'a policy is a float (share of singular values), an int (rank), a dict or a Policy, got {_short(x)}.')
 
 # %% ../../nbs/lowrank/ranks.ipynb #31835fc1
 def round_rank(k: int, multiple: int) -> int:

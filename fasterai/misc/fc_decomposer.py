@@ -13,7 +13,7 @@ import numpy as np
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from torch import nn
-from ..core.batches import shown
+from ..core.batches import _short
 from ..lowrank.factorize import Solver
 from ..lowrank.plan import DecompositionPlan, make_plan
 from ..lowrank.ranks import Policy, RankRatio, mk_policy
@@ -29,21 +29,21 @@ def _misplaced(x) -> str|None:
 
 def _setting(x, arg):
     "`x`, checked to be a setting; NumPy floats as Python's, digit by digit"
-    if (way := _misplaced(x)): raise TypeError(f'{arg} got {shown(x)}. {way}')
+    if (way := _misplaced(x)): raise TypeError(f'{arg} got {_short(x)}. {way}')
     return float(str(x)) if isinstance(x, np.floating) else x
 
 def _names(x, arg):
     "Names of layers in a form that serves more than one call"
     res = tuple(x) if isinstance(x, Iterable) and not isinstance(x, (str, nn.Module)) else x
     for o in res if isinstance(res, tuple) else (res,):
-        if isinstance(o, nn.Module): raise TypeError(f"{arg} takes names of layers, got {shown(o)}, a module. Pass its name in model.named_modules(), such as 'head.0'.")
+        if isinstance(o, nn.Module): raise TypeError(f"{arg} takes names of layers, got {_short(o)}, a module. Pass its name in model.named_modules(), such as 'head.0'.")
     return res
 
 def _classes(x):
     "`types` as a tuple"
     res = (x,) if isinstance(x, type) or not isinstance(x, Iterable) or isinstance(x, (str, nn.Module)) else tuple(x)
     for o in res:
-        if not isinstance(o, type): raise TypeError(f'types takes subclasses of nn.Linear, such as types=(MyLinear,), got {shown(o)}.')
+        if not isinstance(o, type): raise TypeError(f'types takes subclasses of nn.Linear, such as types=(MyLinear,), got {_short(o)}.')
     return res
 
 # %% ../../nbs/misc/fc_decomposer.ipynb #21ff5e6f
@@ -80,7 +80,7 @@ def _on_instance(f):
     @wraps(f)
     def g(self, *args, **kw):
         if isinstance(self, FC_Decomposer): return f(self, *args, **kw)
-        raise TypeError(f'{f.__name__} is called on an instance: FC_Decomposer(0.5).{f.__name__}(model), got {shown(self)} in place of FC_Decomposer(0.5).')
+        raise TypeError(f'{f.__name__} is called on an instance: FC_Decomposer(0.5).{f.__name__}(model), got {_short(self)} in place of FC_Decomposer(0.5).')
     return g
 
 def _check_model(model, data):
