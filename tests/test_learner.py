@@ -1,12 +1,21 @@
 "What a decomposed Learner, rank_find, SelfDistillation, refine and replan promise, against computations of their own"
-import copy, random, re
+import contextlib, copy, io, random, re, time, warnings
+from functools import partial
+from types import SimpleNamespace
+import pandas as pd
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.metrics import *
-from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, FetchPredsCallback, GradientAccumulation,
-    L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MixUp, MSELossFlat, SGD, load_learner, params, vision_learner)
+from fastai.tabular.model import TabularModel
+from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, EarlyStoppingCallback, FetchPredsCallback,
+    GradientAccumulation, GradientClip, L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, MixUp, MSELossFlat, OptimWrapper,
+    ReduceLROnPlateau, SaveModelCallback, SGD, load_learner, params, vision_learner)
+from fastprogress.fastprogress import ConsoleProgressBar, NBProgressBar
 from scipy.special import log_softmax, softmax
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from torch import nn
 from torchvision.models import resnet18
+from fasterai.core import batches
+from fasterai.core.batches import _Bar
 from fasterai.lowrank.cli import digits_dls
 from fasterai.misc.all import *
 
@@ -262,6 +271,261 @@ def test_vision_learner():
     assert all(not torch.equal(v, before[k]) for k,v in state(learn.model).items() if k.startswith(('1.4.', '1.8.')))
     assert all(torch.equal(v, before[k]) for k,v in state(learn.model).items() if 'conv' in k)
 
+def by_closure(net): return lambda m: [list(net[:2].parameters()), list(net[2:].parameters())]
+def by_lists(net): groups = [list(net[:2].parameters()), list(net[2:].parameters())]; return lambda m: groups
+def by_half_a_closure(net): return lambda m: [list(net[:2].parameters()), list(m[2:].parameters())]
+def by_attribute(net): return lambda m: [[m[0].weight, m[0].bias], [p for l in (m[2], m[4]) for p in (l.weight, l.bias)]]
+def by_name(net): return lambda m: [[p for n,p in m.named_parameters() if n in ('0.weight', '0.bias')],
+                                    [p for n,p in m.named_parameters() if n in ('2.weight', '2.bias', '4.weight', '4.bias')]]
+
+@pytest.mark.parametrize('mk', [by_closure, by_lists, by_half_a_closure, by_attribute, by_name])
+def test_a_splitter_of_the_dense_model_trains_the_small_one(mk):
+    learn = learner()
+    net,before = learn.model,state(learn.model)
+    learn.splitter = mk(net)
+    learn.decompose(.25)
+    small = state(learn.model)
+    fit(learn, 1, slice(1e-9, 1e-2))
+    assert groups(learn) == [{id(p) for p in learn.model[0].parameters()}, {id(p) for p in learn.model[2:].parameters()}]
+    moved = [(v - small[k]).abs().max().item() for k,v in state(learn.model).items()]
+    assert max(moved[:3]) < 1e-6 and min(moved[3:]) > 1e-4 and equal(before, state(net))
+
+def test_a_splitter_of_the_dense_model_with_one_group():
+    learn = learner()
+    net = learn.model
+    learn.splitter = lambda m: net.parameters()
+    fit(learn.decompose(.25).decompose(.5, layers='4'), 1)
+    assert groups(learn) == [{id(p) for p in learn.model.parameters()}]
+
+def test_a_splitter_that_leaves_layers_out_on_purpose():
+    learn = learner(splitter=lambda m: [list(m[4].parameters())]).decompose(.25)
+    before = state(learn.model)
+    fit(learn, 1, 1e-2)
+    assert [k for k,v in state(learn.model).items() if not torch.equal(v, before[k])] == ['4.0.weight', '4.1.weight', '4.1.bias']
+
+def test_a_splitter_of_another_model_is_an_error():
+    learn,other = fit(learner(), 1),mlp()
+    net,opt = learn.model,learn.opt
+    learn.splitter = lambda m: list(other.parameters())
+    with pytest.raises(ValueError, match=r"splitter '<lambda>' returns 6 parameters that are not in the model.*learn.splitter = lambda m"): learn.decompose(.25)
+    assert learn.model is net and learn.opt is opt and learn.plans == []
+    learn.splitter = params
+    learn.decompose(.25)
+    learn.splitter = lambda m: list(m.parameters()) + [other[0].weight]
+    with pytest.raises(ValueError, match='returns 1 parameters that are not'): fit(learn, 1)
+    assert learn.opt is None
+
+def test_an_optimizer_built_for_the_dense_model_is_an_error():
+    learn = learner()
+    net,ps = learn.model,list(learn.model.parameters())
+    learn.opt_func = OptimWrapper(opt=torch.optim.SGD(ps, lr=.1))
+    with pytest.raises(ValueError, match='opt_func gives an optimizer of 6 parameters'): learn.decompose(.25)
+    assert learn.model is net
+    learn.opt_func = lambda p, **kw: OptimWrapper(opt=torch.optim.SGD(ps, lr=.1))
+    learn.decompose(.25)
+    with pytest.raises(ValueError, match='opt_func gives an optimizer of 6 parameters'): fit(learn, 1)
+    learn.opt_func = partial(OptimWrapper, opt=torch.optim.SGD)
+    before = state(learn.model)
+    fit(learn, 1, 1e-2)
+    assert not any(torch.equal(v, before[k]) for k,v in state(learn.model).items())
+
+def test_a_frozen_model_can_be_decomposed():
+    learn = learner()
+    learn.model.requires_grad_(False)
+    assert not any(p.requires_grad for p in learn.decompose(.25).model.parameters())
+
+# ------------------------------------------------------------------ in a running fit
+
+class At(Callback):
+    "Calls `f(learn)` once, at `event` of an epoch"
+    def __init__(self, event, f=lambda learn: learn.decompose(.25), order=0, epoch=1):
+        self.event,self.f,self.order,self.at,self.done = event,f,order,epoch,0
+        setattr(self, event, self.go)
+    def go(self):
+        if self.done or self.event != 'before_fit' and self.learn.epoch != self.at: return
+        self.done = 1
+        self.f(self.learn)
+
+BETWEEN = ['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_batch', 'after_train', 'before_validate', 'after_validate', 'after_epoch']
+WITHIN = ['after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step']
+
+def one_cycle(learn, *cbs, n=3, lr=5e-3):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, lr, cbs=cbs)
+    return learn
+
+@pytest.mark.parametrize('event', BETWEEN)
+def test_decompose_in_a_running_fit(event):
+    learn,ref = learner(),one_cycle(learner())
+    net,seen = learn.model,{}
+    one_cycle(learn, At(event, lambda l: seen.update(state(l.decompose(.25).model))))
+    assert list(pairs(learn.model)) == ['0', '2', '4'] and learn.decompose is not None and len(learn.plans) == 1
+    assert not any(torch.equal(v, seen[k]) for k,v in state(learn.model).items())           # every factor was trained
+    assert np.allclose(learn.recorder.lrs, ref.recorder.lrs) and len(learn.recorder.values) == 3    # the schedule went on
+    assert groups(learn) == [{id(p) for p in learn.model.parameters()}]
+    for k,v in ref.opt.hypers[0].items(): assert learn.opt.hypers[0][k] == pytest.approx(v), k
+    assert learn.undecompose().model is net
+
+def test_the_dense_model_is_not_trained_further():
+    learn,seen = learner(),{}
+    net = learn.model
+    one_cycle(learn, At('before_epoch', lambda l: (seen.update(state(net)), l.decompose(.25))))
+    assert equal(seen, state(net))
+
+@pytest.mark.parametrize('event', WITHIN)
+def test_not_within_a_batch(event):
+    learn = learner()
+    net = learn.model
+    with pytest.raises(RuntimeError, match='learn.decompose cannot run between the forward pass and the step of a batch'): one_cycle(learn, At(event))
+    assert learn.model is net and learn.plans == [] and not learn.decompose(.25).plans == []
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_batch', 'after_epoch'])
+@pytest.mark.parametrize('order', [0, 55])
+@pytest.mark.parametrize('to', ['to_fp16', 'to_bf16'])
+def test_in_a_fit_of_mixed_precision(to, order, event):
+    learn = getattr(learner(), to)()
+    one_cycle(learn, At(event, order=order))
+    assert list(pairs(learn.model)) == ['0', '2', '4'] and {p.dtype for p in learn.model.parameters()} == {torch.float32}
+
+@pytest.mark.parametrize('opt', [partial(OptimWrapper, opt=torch.optim.AdamW), partial(OptimWrapper, opt=torch.optim.SGD), SGD], ids=['AdamW', 'SGD', 'fastai'])
+def test_groups_keep_their_learning_rates_and_stay_frozen(opt):
+    learn = learner(splitter=halves, opt_func=opt)
+    learn.freeze()
+    one_cycle(learn, At('before_batch'), lr=slice(1e-5, 1e-3))
+    ref = learner(splitter=halves, opt_func=opt)
+    ref.freeze()
+    one_cycle(ref, lr=slice(1e-5, 1e-3))
+    for a,b in zip(learn.opt.hypers, ref.opt.hypers, strict=True):
+        for k in ('lr', 'wd', 'mom'): assert k not in b or a[k] == pytest.approx(b[k]), k
+    assert [p.requires_grad for p in learn.model.parameters()] == [False]*3 + [True]*6 and learn.opt.frozen_idx == 1
+    learn.unfreeze()
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+@pytest.mark.parametrize('cb', [GradientAccumulation(100), GradientClip(), EarlyStoppingCallback(patience=5), ReduceLROnPlateau(patience=5)], ids=lambda o: o.name)
+def test_with_other_callbacks(cb):
+    learn = learner()
+    with contextlib.redirect_stdout(io.StringIO()): one_cycle(learn, At('before_batch'), cb)
+    assert list(pairs(learn.model)) == ['0', '2', '4']
+
+def test_the_best_of_the_dense_model_does_not_count(tmp_path):
+    learn = learner(path=tmp_path, cbs=SaveModelCallback(fname='best', reset_on_fit=False))
+    with contextlib.redirect_stdout(io.StringIO()):
+        fit(learn, 2, 1e-5)
+        best = learn.save_model.best
+        fit(learn.decompose(policy=1), 1, 0.)
+    assert learn.save_model.best > best and list(pairs(learn.model)) == ['0', '2', '4']
+    stop = EarlyStoppingCallback(patience=2, reset_on_fit=False)
+    stop.best = 0.
+    learn = learner(cbs=stop)
+    with contextlib.redirect_stdout(io.StringIO()): fit(learn, 3, 0., cbs=At('before_epoch', lambda l: l.decompose(policy=1)))
+    assert stop.best > .1
+
+def test_undecompose_in_a_running_fit():
+    learn = learner()
+    net = learn.model
+    learn.decompose(.25)
+    one_cycle(learn, At('before_batch', lambda l: l.undecompose()))
+    assert learn.model is net and groups(learn) == [{id(p) for p in net.parameters()}] and learn.plans == []
+
+def test_an_error_in_a_running_fit_changes_nothing():
+    learn = learner()
+    net,seen = learn.model,[]
+    def go(l):
+        opt = l.opt
+        l.splitter = lambda m: list(mlp().parameters())
+        with pytest.raises(ValueError, match='not in the model'): l.decompose(.25)
+        seen.append(l.model is net and l.opt is opt)
+    one_cycle(learn, At('before_batch', go))
+    assert seen == [True] and learn.model is net
+
+def test_a_different_number_of_groups_in_a_running_fit():
+    learn = learner(splitter=lambda m: [list(m.parameters())] if isinstance(m[0], nn.Linear) else [list(m[:2].parameters()), list(m[2:].parameters())])
+    with pytest.raises(RuntimeError, match='2 parameter groups of the model after learn.decompose, and made 1 before'): one_cycle(learn, At('before_batch'))
+    assert learn.plans == []
+
+def test_after_a_fit_that_broke_off_no_fit_is_running():
+    learn = learner()
+    with pytest.raises(ZeroDivisionError): one_cycle(learn, At('before_batch', lambda l: 1/0))
+    assert learn.decompose(.25).opt is None
+
+def test_not_within_lr_find(tmp_path):
+    learn = learner(path=tmp_path, cbs=At('before_fit'))
+    net = learn.model
+    with pytest.raises(RuntimeError, match='learn.decompose cannot run inside lr_find'), learn.no_bar(): learn.lr_find(num_it=10, show_plot=False)
+    assert learn.model is net
+
+def test_within_get_preds_and_validate():
+    learn = learner(cbs=At('before_batch', epoch=0))
+    with learn.no_bar(): preds,_ = learn.get_preds()
+    assert preds.shape == (100, 4) and list(pairs(learn.model)) == ['0', '2', '4'] and learn.opt is None and not learn.lock.locked()
+
+@pytest.mark.parametrize('event', ['after_epoch', 'before_batch'])
+def test_rank_find_is_not_for_callbacks(event):
+    def go(l):
+        with pytest.raises(RuntimeError, match='learn.rank_find validates the model many times'): l.rank_find(show_plot=False)
+    learn,cb = learner(),At(event, go)
+    one_cycle(learn, cb)
+    assert cb.done
+    if event == 'before_batch':
+        with learn.no_bar(): learn.validate(cbs=(cb := At(event, go, epoch=0)))
+        assert cb.done
+
+# ------------------------------------------------------------------ layers that are not worth it
+
+def wide(n_out, n_in=13):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(n_in, 300), nn.ReLU(), nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, n_out))
+
+@pytest.mark.parametrize('calibrated', [True, False])
+def test_a_head_of_few_classes_stays_dense(calibrated):
+    learn = Learner(mk_dls(torch.randn(400, 13, generator=gen()), torch.arange(400) % 3), wide(3), loss_func=CrossEntropyLossFlat())
+    learn.decompose(calibrated=calibrated)
+    row = learn.plans[0]['4']
+    assert row.rank is None and type(learn.model[4]) is nn.Linear and '2' in pairs(learn.model)
+    assert re.fullmatch(r'kept dense: rank 1 of 3 would lose 0\.\d+ of the output and save 397 parameters \(0\.6%\)', row.reason)
+
+@pytest.mark.parametrize('kw', [dict(layers='4'), dict(policy={'4': .5}), dict(layers='*')], ids=str)
+def test_a_layer_that_is_asked_for_is_decomposed(kw):
+    learn = Learner(mk_dls(torch.randn(400, 13, generator=gen()), torch.arange(400) % 3), wide(3), loss_func=CrossEntropyLossFlat())
+    net = learn.model
+    assert learn.decompose(**kw).model[4][0].out_features == 1
+    plan = FC_Decomposer(.5).plan(net, learn.dls)
+    assert plan['4'].rank == 1 and learn.undecompose().decompose(plan=plan).model[4][0].out_features == 1
+
+def test_what_stays_dense_is_small_in_sum():
+    torch.manual_seed(0)
+    net = nn.Sequential(*[o for _ in range(120) for o in (nn.Linear(24, 24), nn.Tanh())])
+    learn = Learner(mk_dls(torch.randn(200, 24, generator=gen()), torch.randn(200, 24, generator=gen())), net, loss_func=MSELossFlat())
+    plan = FC_Decomposer(.25).plan(net)
+    learn.decompose(.25, calibrated=False)
+    dense = [o for o in learn.plans[0].layers if o.rank is None]
+    assert 0 < len(dense) < 10 and learn.plans[0].params_after - plan.params_after <= .02*plan.params
+
+def test_when_nothing_is_worth_it():
+    learn = Learner(mk_dls(torch.randn(400, 20, generator=gen()), torch.arange(400) % 3),
+                    nn.Sequential(nn.Unflatten(1, (1, 20)), nn.Conv1d(1, 2000, 20), nn.Flatten(), nn.ReLU(), nn.Linear(2000, 3)), loss_func=CrossEntropyLossFlat())
+    with torch.no_grad(): learn.model[4].weight.copy_(torch.randn(3, 2000, generator=gen()))
+    learn.model[1] = nn.Sequential(learn.model[1], *[nn.Conv1d(2000, 2000, 1) for _ in range(1)])
+    with pytest.warns(UserWarning, match=r'nothing to decompose \(4: kept dense: rank 1 of 3.*layers= decomposes a layer all the same'): learn.decompose()
+    assert not pairs(learn.model)
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+@pytest.mark.parametrize('load', [load_wine, load_breast_cancer, load_digits], ids=['3 classes', 'binary', '10 classes'])
+def test_defaults_keep_the_accuracy_of_a_tabular_classifier(load, seed):
+    torch.manual_seed(seed)
+    x,y = map(torch.tensor, load(return_X_y=True))
+    x,order = ((x - x.mean(0))/(x.std(0) + 1e-6)).float(),torch.randperm(len(x))
+    dls = mk_dls(x[order], y[order], len(x)//5, bs=32)
+    net = TabularModel([], x.shape[1], int(y.max()) + 1, [400, 200])
+    learn = Learner(dls, Plain(net), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    fit(learn, 3, 1e-2)
+    dense = validated(learn)[1]
+    assert dense > .8 and abs(validated(learn.decompose())[1] - dense) < .0101 and pairs(learn.model)
+
+class Plain(nn.Module):
+    "A tabular model of continuous columns alone"
+    def __init__(self, m): super().__init__(); self.m = m
+    def forward(self, x): return self.m(None, x)
+
 # ------------------------------------------------------------------ undecompose
 
 def test_undecompose_gives_the_very_same_model_back():
@@ -292,6 +556,91 @@ def test_a_model_with_an_attribute_of_the_same_name():
     net = learn.model
     with pytest.raises(ValueError, match='was not decomposed'): learn.undecompose()
     assert learn.decompose(.5).undecompose().model is net
+
+def test_uncompress_is_undecompose():
+    learn = learner()
+    net = learn.model
+    assert learn.decompose(.25).uncompress() is learn and learn.model is net
+    with pytest.raises(ValueError, match='was not decomposed, or is dense again'): learn.uncompress()
+
+# ------------------------------------------------------------------ what was done, and doing it twice
+
+def test_plans_hold_what_was_done():
+    learn = learner()
+    assert learn.plans == []
+    learn.decompose(.5, layers='0')
+    learn.decompose(.25, layers='2')
+    assert [[(o.name, o.rank) for o in p.replaced] for p in learn.plans] == [[('0', 10)], [('2', 6)]]
+    assert all(p.bases == {} for p in learn.plans) and isinstance(learn.plans[0].to_frame(), pd.DataFrame)
+    learn.plans.clear()
+    assert len(learn.plans) == 2 and learn.undecompose().plans == []
+
+def test_plans_of_a_copy_and_of_an_exported_learner(digits, tmp_path):
+    learn = digits_learner(digits, tmp_path).decompose(policy=2, layers='*')
+    learn.export()
+    for other in (load_learner(tmp_path/'export.pkl'), copy.deepcopy(learn)):
+        assert [(o.name, o.rank) for o in other.plans[0].layers] == [(o.name, o.rank) for o in learn.plans[0].layers]
+        assert equal(state(other.model), state(learn.model))
+        with pytest.raises(ValueError, match='neither does a copy'): other.undecompose()
+
+def test_a_plan_without_factors_is_calibrated_again():
+    learn = learner()
+    plan = learn.decompose(.25).plans[0]
+    ref = state(learn.model)
+    got = state(learn.undecompose().decompose(plan=plan).model)
+    assert all(torch.allclose(v, ref[k], atol=1e-5) for k,v in got.items())
+
+def warned(f):
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        f()
+    return [str(o.message) for o in w]
+
+def test_the_same_plan_twice():
+    learn = learner()
+    found = find(learn, .3)
+    small = learn.decompose(plan=found).model
+    assert warned(lambda: learn.decompose(plan=found)) == ['this Learner is decomposed by this plan already: nothing was changed. learn.undecompose() goes back to the dense model.']
+    assert learn.model is small and len(learn.plans) == 1
+
+def test_another_plan_on_top():
+    learn = learner()
+    plan = FC_Decomposer(.25).plan(learn.model)
+    small = learn.decompose(.5).model
+    with pytest.raises(ValueError, match='decomposed already, by another plan.*learn.undecompose()'): learn.decompose(plan=plan)
+    assert learn.model is small and len(learn.plans) == 1
+
+def test_a_plan_for_a_model_that_was_decomposed_before():
+    net = mlp()
+    plan = FC_Decomposer(.25).plan(net)
+    learn = learner(model=plan.apply(net))
+    assert 'decomposed by this plan already' in warned(lambda: learn.decompose(plan=plan))[0]
+    with pytest.raises(ValueError, match='decomposed already, by another plan'): learn.decompose(plan=FC_Decomposer(.5).plan(net))
+
+@pytest.mark.parametrize('kw', [{}, dict(rank_ratio=.25), dict(policy=ParamBudget(.5))], ids=str)
+def test_decompose_twice(kw):
+    learn = learner().decompose(layers='*')
+    small = learn.model
+    first, = warned(lambda: learn.decompose(**kw))
+    assert first.startswith('this Learner is decomposed already: no layer is left') and learn.model is small and len(learn.plans) == 1
+
+def test_rank_find_of_a_learner_without_dense_layers():
+    learn = learner().decompose(layers='*')
+    with pytest.raises(ValueError, match=r'decomposed already, and no layer is left: call learn.undecompose\(\) first'): learn.rank_find()
+
+WRONG = dict(model=mlp(), learner=None, decomposer=FC_Decomposer(.5), loaders=None, loader=None, policy=ParamBudget(.5), plan=None)
+
+@pytest.mark.parametrize('kind', WRONG)
+@pytest.mark.parametrize('arg', ['rank_ratio', 'policy', 'plan', 'data', 'max_drop'])
+def test_a_value_in_the_wrong_place(arg, kind):
+    learn = learner()
+    net = learn.model
+    value = dict(WRONG, learner=learn, loaders=learn.dls, loader=learn.dls.train, plan=FC_Decomposer(.5).plan(net))[kind]
+    if (arg, kind) in {('policy', 'policy'), ('plan', 'plan'), ('data', 'learner'), ('data', 'loaders'), ('data', 'loader')}: return
+    with pytest.raises(TypeError) as e: learn.rank_find(value) if arg == 'max_drop' else learn.decompose(**{arg: value})
+    text = str(e.value)
+    assert text.startswith(arg) and len(text) < 130 and '\n' not in text and learn.model is net
+    assert dict(loaders='data=', loader='data=', policy='policy=', plan='plan=', decomposer='plan=', model='its own model', learner='its own model')[kind] in text
 
 # ------------------------------------------------------------------ export, save, load
 
@@ -338,6 +687,52 @@ def test_save_and_load(tmp_path, with_opt):
     assert not equal(want, state(other.model)) and equal(want, state(other.load('small').model))
     fit(other, 1, 1e-2)
     assert not any(torch.equal(v, want[k]) for k,v in state(other.model).items())
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_a_dense_checkpoint_and_a_small_model(tmp_path, strict):
+    learn = learner(path=tmp_path)
+    learn.save('dense')
+    dense = state(learn.model)
+    small = state(learn.decompose(.25, layers='2').model)
+    with pytest.raises(ValueError, match=r"'dense' holds a dense model.*decomposed \('2' replaced\). Nothing was loaded. Call learn.undecompose\(\) first"):
+        learn.load('dense', strict=strict)
+    assert equal(small, state(learn.model))
+    assert equal(dense, state(learn.undecompose().load('dense', strict=strict).model))
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_a_small_checkpoint_and_a_dense_model(tmp_path, strict):
+    learn = learner(path=tmp_path).decompose(.25, layers='2')
+    learn.save('small')
+    small,plan = state(learn.model),learn.plans[0]
+    fresh = learner(path=tmp_path)
+    dense = state(fresh.model)
+    with pytest.raises(ValueError, match=r"'small' holds a decomposed model \('2' replaced\).*learn.decompose\(plan=…\)"): fresh.load('small', strict=strict)
+    assert equal(dense, state(fresh.model))
+    assert equal(small, state(fresh.decompose(plan=plan).load('small').model))
+    other = learner(path=tmp_path).decompose(.5, layers='2')
+    with pytest.raises(ValueError, match=r"decomposed to other ranks \('2'\)"): other.load('small')
+
+def test_a_small_model_without_a_dense_one(tmp_path):
+    learn = learner(path=tmp_path)
+    learn.save('dense')
+    other = learner(model=FC_Decomposer(.25).decompose(learn.model), path=tmp_path)
+    with pytest.raises(ValueError, match='Load it into a Learner of the dense model'): other.load('dense')
+
+def test_a_checkpoint_of_something_else_is_left_to_torch(tmp_path):
+    learn = learner(path=tmp_path).decompose(.25)
+    torch.save({'a': torch.ones(2)}, tmp_path/'models'/'w.pth') if (tmp_path/'models').is_dir() else learn.save('x') and torch.save({'a': torch.ones(2)}, tmp_path/'models'/'w.pth')
+    with pytest.raises(RuntimeError, match='Missing key'): learn.load('w')
+
+def test_loading_leaves_no_hook(tmp_path):
+    learn = learner(path=tmp_path).decompose(.25)
+    learn.save('small')
+    assert not learn.load('small').model._load_state_dict_pre_hooks
+
+def test_the_checkpoint_of_the_dense_model_at_the_end_of_a_fit(tmp_path):
+    learn = learner(path=tmp_path)
+    cbs = [SaveModelCallback(fname='best'), At('after_epoch', order=90)]
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(ValueError, match="'best' holds a dense model"): one_cycle(learn, *cbs, n=2)
+    assert list(pairs(learn.model)) == ['0', '2', '4']
 
 # ------------------------------------------------------------------ rank_find
 
@@ -468,6 +863,87 @@ def test_budgets_that_are_too_tight_are_skipped():
         return True
     ok = [r for r in (.5, .1, .01, .001) if possible(r)]
     assert 0 < len(ok) < 4 and res.frame.ratio.tolist() == ok and res.ratio == min(ok)
+
+@pytest.mark.parametrize('drop,error', [(float('nan'), ValueError), (float('inf'), ValueError), (-1, ValueError), ('1', TypeError), (None, TypeError),
+    (True, TypeError), ([.1], TypeError)], ids=str)
+def test_a_wrong_drop(drop, error):
+    for f in (lambda: plain(fake(.5), max_drop=drop), lambda: find(learner(), drop)):
+        with pytest.raises(error, match='max_drop'): f()
+
+@pytest.mark.parametrize('value,metric,higher,warn', [(.9, 'metric', True, True), (.1, 'error_rate', False, True), (.3, 'valid_loss', False, False), (2.3, 'metric', False, False),
+    (0., 'f1', True, True), (35., 'bleu', True, False)])
+def test_a_drop_that_was_meant_in_percent(value, metric, higher, warn):
+    text = warned(lambda: plain(lambda m: value, max_drop=1, metric=metric, higher_is_better=higher, ratios=(.5,)))
+    assert any('max_drop is in units of the metric, 0.01 is one point' in o for o in text) is warn
+    assert not warned(lambda: plain(lambda m: value, max_drop=.5, metric=metric, higher_is_better=higher, ratios=(.5,)))
+
+@pytest.mark.parametrize('ratios', [.5, 'x', (), [], None, {.5}], ids=str)
+def test_ratios_that_are_no_list(ratios):
+    with pytest.raises(TypeError, match='ratios must be a list of budgets'): plain(lambda m: 1., ratios=ratios)
+
+def test_why_it_stopped():
+    assert plain(fake(.45)).stopped == 'Two budgets in a row lost more than max_drop: smaller ones were not tried.'
+    res = plain(lambda m: 1., ratios=(.5, .3))
+    more = re.fullmatch(r'All budgets tried kept it; smaller ones are possible: ratios=\((.*),\)\.', res.stopped)
+    more = [float(o) for o in more[1].split(', ')]
+    again = plain(lambda m: 1., ratios=more)                # what is suggested can be tried
+    assert max(more) < .3 and len(again.frame) == len(more) and again.frame.params.max() < res.frame.params.min()
+    assert plain(lambda m: 1. - .5*(count_params(m) < 500), ratios=(.5, .3)).stopped == 'All budgets were tried.'
+
+def test_why_it_stopped_where_the_ranks_end():
+    m = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    res = plain(lambda m: 1., model=m, ratios=(.1, .05))
+    assert res.stopped == 'The next budget, 0.05, is too small for these layers with ranks in multiples of 8: round_to=1 allows it.'
+    fine = plain(lambda m: 1., model=m, ratios=(.1, .05), round_to=1)
+    assert fine.ratio == .05 and 'round_to=1' in repr(fine.plan) and fine.plan.params_after < res.plan.params_after
+    least = plain(lambda m: 1., model=m, ratios=(.05, .001), round_to=1)
+    assert least.stopped == 'The next budget, 0.001, is too small for these layers, whose ranks are 1 there.'
+
+def test_round_to_of_a_learner():
+    learn = Learner(mk_dls(torch.randn(400, 64, generator=gen()), torch.arange(400) % 2), nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 2)), metrics=accuracy,
+                    loss_func=CrossEntropyLossFlat())
+    assert {o.rank % 8 for o in find(learn, .9, ratios=(.6,), layers='0').plan.replaced} == {0}
+    assert find(learn, .9, ratios=(.55,), layers='0', round_to=1).plan['0'].rank == int(.55*64*128/192)
+    with pytest.raises(ValueError, match='round_to must be'): find(learn, round_to=0)
+
+def test_budgets_of_one_size_are_one_row():
+    m,calls = nn.Sequential(nn.Linear(256, 256)),[]
+    res = plain(lambda o: calls.append(1) or 1., model=m, ratios=(.5, .49, .48, .47, .25), layers='0')
+    assert res.frame.ratio.tolist() == [.5, .49, .25] and res.frame.params.is_unique and len(calls) == 1 + 3
+    bad = plain(lambda o: float(count_params(o) > 50_000), model=m, ratios=(.9, .49, .48, .47, .25), layers='0')    # three budgets of one bad size are one bad row
+    assert .25 in bad.frame.ratio.tolist() and bad.frame.params.is_unique
+
+def test_it_shows_itself_in_a_notebook():
+    res = plain(fake(.45), metric='score')
+    html = res._repr_html_()
+    assert res.title in html and res.stopped in html and html.count('<tr') == len(res.frame) + 1
+
+def test_the_axis_of_sizes_is_logarithmic():
+    ax = plain(fake(.1), ratios=(.9, .3, .1, .05)).plot()
+    ax.figure.canvas.draw()
+    assert ax.get_xscale() == 'log' and {'10%', '20%', '50%'} <= {o.get_text() for o in ax.get_xticklabels()}
+
+def left_early(how):
+    bar = _Bar(range(10**6), 'work')
+    start = time.monotonic()
+    for i in bar:
+        if time.monotonic() - start > 1.2:
+            if how == 'break': break
+            raise KeyError(how)
+        time.sleep(.02)
+
+@pytest.mark.parametrize('cls', [NBProgressBar, ConsoleProgressBar])
+@pytest.mark.parametrize('how', ['break', 'error'])
+def test_a_bar_goes_when_its_loop_is_left(how, cls, monkeypatch):
+    ended = []
+    class Bar(cls):
+        def on_iter_begin(self): self.out = SimpleNamespace(update=lambda o: None)
+        def on_iter_end(self): ended.append(1); super().on_iter_end()
+    monkeypatch.setattr(batches, 'progress_bar', Bar)
+    kept = None
+    try: left_early(how)
+    except KeyError as e: kept = e      # as in a notebook, which keeps the traceback
+    assert ended == [1] and (kept is None) == (how == 'break')
 
 @pytest.mark.parametrize('ratios', [(1.5, .5), (90, 50), (.5, 0.), (.5, -1.)])
 def test_ratios_that_are_no_shares(ratios):
@@ -689,10 +1165,15 @@ def test_soft_targets(T):
     p,t = torch.randn(7, 5, dtype=torch.float64),torch.randn(7, 5, dtype=torch.float64)
     assert SoftTargets(T)(p, t).item() == pytest.approx(kl(p, t, T), rel=1e-9) and SoftTargets(T)(p, p).item() == pytest.approx(0, abs=1e-12)
     assert SoftTargets()(p, t) == SoftTargets(2.)(p, t)
+    assert SoftTargets(T, logits=.3)(p, t).item() == pytest.approx(kl(p, t, T) + .3*np.square((p - t).numpy()).mean(), rel=1e-9)
 
 def test_soft_targets_along_another_axis():
     p,t = torch.randn(2, 5, 3, 4, dtype=torch.float64),torch.randn(2, 5, 3, 4, dtype=torch.float64)
     assert SoftTargets()(p, t, axis=1).item() == pytest.approx(kl(p, t, axis=1), rel=1e-9)
+
+def soft(p, t, **kw):
+    "The loss of a classifier: with a tenth of the squared error of the logits"
+    return kl(p, t, **kw) + .1*np.square((p - t).detach().double().numpy()).mean()
 
 def distilled(learn, *cbs, epochs=1, **kw):
     "Every training batch of a fit with SelfDistillation, and the outputs of the teacher"
@@ -703,7 +1184,7 @@ def distilled(learn, *cbs, epochs=1, **kw):
 @pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat(), F.cross_entropy], ids=lambda o: getattr(o, '__name__', type(o).__name__))
 def test_the_loss_of_a_classifier(loss):
     for o,t in distilled(learner(loss_func=loss).decompose(.25)):
-        assert o['loss'] == o['grad'] == pytest.approx(kl(o['pred'], t), rel=1e-4)
+        assert o['loss'] == o['grad'] == pytest.approx(soft(o['pred'], t), rel=1e-4)
 
 def test_the_loss_of_a_regression():
     for o,t in distilled(learner('number').decompose(.25)): assert o['loss'] == pytest.approx((o['pred'] - t).square().mean().item(), rel=1e-4)
@@ -712,7 +1193,7 @@ def test_the_loss_of_a_regression():
 def test_weight_mixes_the_losses(weight):
     for o,t in distilled(learner().decompose(.25), weight=weight):
         own = F.cross_entropy(o['pred'], o['y']).item()
-        assert o['loss'] == pytest.approx(weight*kl(o['pred'], t) + (1-weight)*own, rel=1e-4)
+        assert o['loss'] == pytest.approx(weight*soft(o['pred'], t) + (1-weight)*own, rel=1e-4)
 
 @pytest.mark.parametrize('weight', [-.1, 1.1])
 def test_a_wrong_weight(weight):
@@ -729,7 +1210,7 @@ def test_features_are_matched(names):
     for o,t in distilled(learn, features=names, feature_weight=3.):
         small.load_state_dict(o['state'])
         with torch.no_grad(): extra = sum(((small[:k+1](o['x']) - (b := dense[:k+1](o['x']))).square().mean()/b.square().mean()).item() for k in i)
-        assert o['loss'] == pytest.approx(kl(o['pred'], t) + 3*extra, rel=1e-4) and extra > 1e-4
+        assert o['loss'] == pytest.approx(soft(o['pred'], t) + 3*extra, rel=1e-4) and extra > 1e-4
 
 def test_one_step_follows_the_gradient_of_all_terms():
     x,y = points(50)
@@ -739,7 +1220,7 @@ def test_one_step_follows_the_gradient_of_all_terms():
     a,b = small[:3](x),dense[:3](x).detach()
     p,t = small(x)/2,(dense(x)/2).detach()
     k = (t.softmax(1)*(t.log_softmax(1) - p.log_softmax(1))).sum(1).mean()*4
-    (.5*(k + (a-b).square().mean()/b.square().mean()) + .5*F.cross_entropy(2*p, y)).backward()
+    (.5*(k + .1*(2*p - 2*t).square().mean() + (a-b).square().mean()/b.square().mean()) + .5*F.cross_entropy(2*p, y)).backward()
     fit(learn, 1, .1, cbs=SelfDistillation(weight=.5, features='2', keep_best=False))
     for q,r in zip(learn.model.parameters(), small.parameters()): assert torch.allclose(q, r - .1*r.grad, atol=1e-6)
 
@@ -755,7 +1236,7 @@ def test_classes_along_the_axis_of_the_loss(loss):
     x = points(100)[0]
     dls = mk_dls(x, torch.randint(0, 4, (100, 5)), 30)
     learn = Learner(dls, Tagger(), loss_func=loss).decompose(.25)
-    for o,t in distilled(learn): assert o['loss'] == pytest.approx(kl(o['pred'], t, axis=1), rel=1e-4)
+    for o,t in distilled(learn): assert o['loss'] == pytest.approx(soft(o['pred'], t, axis=1), rel=1e-4)
 
 def test_the_validation_loss_is_the_one_of_the_learner():
     learn = learner().decompose(.25)
@@ -774,6 +1255,28 @@ def test_distillation_brings_the_model_closer_to_the_teacher():
     fit(learn, 8, 5e-3, cbs=SelfDistillation())
     assert error() < .8*before
 
+@pytest.mark.parametrize('features', [(), '2'])
+def test_decomposed_further_during_the_fit(features):
+    learn = learner()
+    net = learn.model
+    learn.decompose(.5, layers='0')
+    one_cycle(learn, At('after_epoch', lambda l: l.decompose(policy=2, layers='4')), SelfDistillation(features=features))
+    assert list(pairs(learn.model)) == ['0', '4'] and n_hooks(learn.model) == n_hooks(net) == 0
+    best = copy.deepcopy(learn.model)
+    assert validated(learn)[0] == pytest.approx(validated(learner(model=best))[0])
+
+def test_the_output_comes_closer_and_the_accuracy_rises(digits):
+    learn = Learner(digits.dls, copy.deepcopy(digits.model), metrics=accuracy)
+    net,(x,y) = learn.model,whole(learn.dls.valid)
+    learn.decompose(policy=5)
+    def now():
+        with torch.no_grad(): z,t = (m.eval()(x).as_subclass(torch.Tensor) for m in (learn.model, net))
+        return rel(z, t),F.cross_entropy(z, y.as_subclass(torch.Tensor)).item()
+    before = now()
+    fit(learn, 4, 3e-3, cbs=SelfDistillation())
+    after = now()
+    assert after[0] < .9*before[0] and after[1] < before[1]
+
 def test_the_teacher_is_left_as_found():
     m = nn.Sequential(mlp(16), nn.BatchNorm1d(16), nn.Dropout(.5), nn.Linear(16, 4))
     learn = learner(model=m)
@@ -791,18 +1294,18 @@ def test_the_teacher_is_left_as_found():
 def test_a_teacher_that_is_passed():
     other = nn.Sequential(nn.Linear(20, 4))
     learn = learner().decompose(.25)
-    for o,t in distilled(learn, teacher=other): assert o['loss'] == pytest.approx(kl(o['pred'], other(o['x'])), rel=1e-4)
+    for o,t in distilled(learn, teacher=other): assert o['loss'] == pytest.approx(soft(o['pred'], other(o['x'])), rel=1e-4)
     assert learn._dense.model is not other
 
 def test_a_teacher_without_decompose():
     learn = learner()
-    for o,t in distilled(learn, teacher=mlp()): assert o['loss'] == pytest.approx(kl(o['pred'], t), rel=1e-4)
+    for o,t in distilled(learn, teacher=mlp()): assert o['loss'] == pytest.approx(soft(o['pred'], t), rel=1e-4)
 
 def test_decomposed_twice_the_teacher_is_the_first_model():
     learn = learner()
     net = learn.model
     learn.decompose(.5, layers='0').decompose(.25, layers='2')
-    for o,t in distilled(learn): assert o['loss'] == pytest.approx(kl(o['pred'], net.eval()(o['x'])), rel=1e-4)
+    for o,t in distilled(learn): assert o['loss'] == pytest.approx(soft(o['pred'], net.eval()(o['x'])), rel=1e-4)
 
 def test_no_teacher():
     learn = learner()
@@ -929,7 +1432,7 @@ def test_with_mixup(weight):
     res = distilled(learn, MixUp(), weight=weight)
     rows = {tuple(o[0].tolist()) for o in x}
     assert not all(tuple(r) in rows for o,_ in res for r in o['x'].tolist()), 'the inputs were mixed'
-    assert learn.loss_func is lf and (weight != 1 or all(o['loss'] == pytest.approx(kl(o['pred'], t), rel=1e-4) for o,t in res))
+    assert learn.loss_func is lf and (weight != 1 or all(o['loss'] == pytest.approx(soft(o['pred'], t), rel=1e-4) for o,t in res))
 
 @pytest.mark.parametrize('weight', [0., 1.])
 def test_with_gradient_accumulation(weight):
@@ -947,7 +1450,7 @@ def test_with_gradient_accumulation(weight):
 def test_with_mixed_precision(to):
     learn = getattr(learner(), to)().decompose(.25)
     before,res = state(learn.model),distilled(learn, features='2', keep_best=False)
-    assert len(res) == 6 and all(np.isfinite(o['loss']) and o['loss'] > kl(o['pred'], t) for o,t in res)
+    assert len(res) == 6 and all(np.isfinite(o['loss']) and o['loss'] > soft(o['pred'], t) for o,t in res)
     assert not any(torch.equal(v, before[k]) for k,v in state(learn.model).items())
 
 @pytest.mark.parametrize('exc', [RuntimeError('broken'), KeyboardInterrupt()], ids=['error', 'interrupt'])

@@ -21,11 +21,17 @@ from .learner import _dense_of
 
 # %% ../../nbs/core/distill.ipynb #66d8bdc1
 class SoftTargets:
-    "Kullback-Leibler divergence between softmax outputs at a temperature, times its square (Hinton et al., 2015, section 2)"
-    def __init__(self, T: float = 2.): self.T = T
+    """Kullback-Leibler divergence between softmax outputs at a temperature, times its square (Hinton et al., 2015, section 2), and a share of the squared
+    error of the logits, which a softmax close to 0 or 1 leaves free"""
+    def __init__(self, 
+        T: float = 2.,          # temperature
+        *,
+        logits: float = 0.,     # weight of the mean squared error of the logits
+    ): self.T,self.logits = T,logits
     def __call__(self, pred: torch.Tensor, target: torch.Tensor, axis: int = -1) -> torch.Tensor:
         p,t = (F.log_softmax(o.movedim(axis, -1).flatten(0, -2)/self.T, -1) for o in (pred, target))
-        return F.kl_div(p, t, reduction='batchmean', log_target=True)*self.T**2
+        kl = F.kl_div(p, t, reduction='batchmean', log_target=True)*self.T**2
+        return kl + self.logits*F.mse_loss(pred, target) if self.logits else kl
 
 def _first(o): return o[0] if isinstance(o, (tuple, list)) else o
 
@@ -35,12 +41,12 @@ def _feature_loss(a, b): return F.mse_loss(a, b)/b.square().mean().clamp(min=1e-
 class SelfDistillation(Callback):
     "Train towards what the dense model does, and keep the best state seen"
     order = MixedPrecision.order - 5    # the loss is changed before gradient accumulation divides and mixed precision scales it
-    best,_hooks,_was,_open,_teacher = None,(),{},(),None
+    best,_hooks,_was,_open,_teacher,_student = None,(),{},(),None,None
     def __init__(self, 
         teacher: nn.Module|None = None,     # dense model; None for the one before `learn.decompose`
         *,
         weight: float = 1.,                 # share of the distillation loss, the rest is the loss of the Learner
-        loss_func: Callable|None = None,    # loss(pred, teacher's pred); None for `SoftTargets()` with cross-entropy, else MSE
+        loss_func: Callable|None = None,    # loss(pred, teacher's pred); None for `SoftTargets(logits=.1)` with cross-entropy, else MSE
         features: Iterable[str] = (),       # names of modules, in both models, whose outputs are matched too
         feature_weight: float = 1.,         # of their relative squared errors
         keep_best: bool = True,             # end with the state of least validation loss, the first included?
@@ -54,12 +60,20 @@ class SelfDistillation(Callback):
         if not self.run: return
         teacher = self.teacher or _dense_of(self.learn)
         if teacher is None: raise ValueError('SelfDistillation needs a teacher: use it after learn.decompose(), or pass the dense model.')
-        mods = [[_named(m, n) for n in self.features] for m in (self.model, teacher)]
+        for m in (self.model, teacher): [_named(m, n) for n in self.features]   # wrong names show before anything is changed
         self._loss,self._open = self.distil or _default_loss(self.learn.loss_func),[]
         if self.keep_best: self.best = self._state(self._valid_loss())
         self._teacher,self._was = teacher.to(self.dls.device),{m: m.training for m in teacher.modules()}
-        self._hooks = [hook_outputs(o, detach=d) for o,d in zip(mods, (False, True))]
         teacher.eval()
+        self._hook()
+
+    def _hook(self):
+        for h in self._hooks: h.remove()
+        self._hooks = [hook_outputs([_named(m, n) for n in self.features], detach=d) for m,d in ((self.model, False), (self._teacher, True))]
+        self._student = self.model
+
+    def before_batch(self):
+        if self.training and self._student is not self.model: self._hook()   # decomposed during this fit
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -68,9 +82,10 @@ class SelfDistillation(Callback):
 # %% ../../nbs/core/distill.ipynb #6c57e9d1
 def _default_loss(f):
     "`SoftTargets` along the axis of a cross-entropy, else the mean squared error"
-    if isinstance(f, (CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat)): return partial(SoftTargets(), axis=f.axis)
-    if f is F.cross_entropy or isinstance(f, nn.CrossEntropyLoss): return partial(SoftTargets(), axis=1)
-    return SoftTargets() if isinstance(f, LabelSmoothingCrossEntropy) else F.mse_loss
+    soft = SoftTargets(logits=.1)
+    if isinstance(f, (CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat)): return partial(soft, axis=f.axis)
+    if f is F.cross_entropy or isinstance(f, nn.CrossEntropyLoss): return partial(soft, axis=1)
+    return soft if isinstance(f, LabelSmoothingCrossEntropy) else F.mse_loss
 
 def _named(model, name):
     mods = dict(model.named_modules())
@@ -79,7 +94,7 @@ def _named(model, name):
 
 # %% ../../nbs/core/distill.ipynb #f7ef7d17
 @patch
-def _state(self:SelfDistillation, loss): return loss, {k: v.detach().clone() for k,v in self.model.state_dict().items()}
+def _state(self:SelfDistillation, loss): return loss, {k: v.detach().clone() for k,v in self.model.state_dict().items()}, self.model
 
 @patch
 def _valid_loss(self:SelfDistillation):
@@ -114,15 +129,16 @@ def before_validate(self:SelfDistillation):
 def after_validate(self:SelfDistillation):
     if self.best is None or not self._open: return
     total,n,counts = self._open.pop()
-    if n and counts and not total/n >= self.best[0] and total == total: self.best = self._state(total/n)
+    anew = self.best[2] is not self.model   # decomposed during this fit
+    if n and counts and (anew or not total/n >= self.best[0]) and total == total: self.best = self._state(total/n)
 
 @patch
 def after_fit(self:SelfDistillation):
-    if self.best is not None: self.model.load_state_dict(self.best[1])
+    if self.best is not None and self.best[2] is self.model: self.model.load_state_dict(self.best[1])
     self._clean()
 
 @patch
 def _clean(self:SelfDistillation):
     for h in self._hooks: h.remove()
     for m,f in self._was.items(): m.training = f
-    self.best,self._hooks,self._was,self._open,self._teacher = None,(),{},(),None
+    self.best,self._hooks,self._was,self._open,self._teacher,self._student = None,(),{},(),None,None

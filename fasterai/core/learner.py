@@ -68,17 +68,16 @@ def _lost(model, found):
     return any(p.requires_grad and id(p) not in found for m in model.modules() if is_pair(m) for p in m.parameters())
 
 # %% ../../nbs/core/learner.ipynb #bb1554ee
-def _check_groups(learn, groups):
+def _check_groups(learn, groups, built=False):
     "Raise where the optimizer would train parameters that are not the model's"
     ours = {id(p) for p in learn.model.parameters()}
     n = sum(id(p) not in ours for g in _as_groups(groups) for p in g)
-    if not n: return
-    if isinstance(learn.opt_func, OptimWrapper):
-        raise ValueError(f'opt_func is an optimizer built for {n} parameters that are not in the model of this Learner. Pass a function that builds one: '
-                         'learn.opt_func = partial(OptimWrapper, opt=torch.optim.SGD).')
+    if n and (built or isinstance(learn.opt_func, OptimWrapper)):
+        raise ValueError(f'opt_func gives an optimizer of {n} parameters that are not in the model of this Learner, so it would train another model. '
+                         'Pass a function that builds one for the parameters it is given: learn.opt_func = partial(OptimWrapper, opt=torch.optim.SGD).')
     name = getattr(learn.splitter, '__name__', type(learn.splitter).__name__)
-    raise ValueError(f'the splitter {name!r} returns {n} parameters that are not in the model of this Learner, so the optimizer would train another model. '
-                     'Let it take them from its argument: learn.splitter = lambda m: [list(m[0].parameters()), list(m[1:].parameters())].')
+    if n: raise ValueError(f'the splitter {name!r} returns {n} parameters that are not in the model of this Learner, so the optimizer would train another model. '
+                           'Let it take them from its argument: learn.splitter = lambda m: [list(m[0].parameters()), list(m[1:].parameters())].')
 
 def _planned_groups(learn):
     "What the next optimizer would get"
@@ -95,7 +94,7 @@ def create_opt(self:Learner):
         self._orig_create_opt()
     finally: self.splitter = splitter
     opt,self.opt = self.opt,None
-    _check_groups(self, opt.param_lists)    # opt_func may ignore what it is given
+    _check_groups(self, opt.param_lists, built=True)    # opt_func may ignore what it is given
     self.opt = opt
 
 # %% ../../nbs/core/learner.ipynb #eda747a6

@@ -62,7 +62,7 @@ def _negligible(row: LayerPlan, params: int) -> bool:
 
 def _saved(row): return row.weight_params - row.params_after
 
-def _spared(plan, model):
+def _spared(plan, model, quiet=False):
     "`plan` with those layers dense whose saving is negligible, for their error; all together may save 2 % of the model"
     mods,rows,room = dict(model.named_modules()),{},.02*plan.params
     for o in plan.replaced:     # plain SVD of small layers: their errors were not needed for the ranks
@@ -74,7 +74,7 @@ def _spared(plan, model):
         what = f'rank {o.rank} of {o.max_rank} would lose {o.error:.2g} of the output and save {_saved(o):,} parameters ({_saved(o)/plan.params:.1%})'
         rows[o.name] = replace(o, rank=None, reason=f'kept dense: {what}')
     res = replace(plan, layers=tuple(rows[o.name] if o.rank and rows[o.name].rank is None else o for o in plan.layers))
-    if plan.replaced and not res.replaced: _warn_user('nothing to decompose (' + '; '.join(f'{o.name}: {o.reason}' for o in res.layers[:3]) +
+    if plan.replaced and not res.replaced and not quiet: _warn_user('nothing to decompose (' + '; '.join(f'{o.name}: {o.reason}' for o in res.layers[:3]) +
                                                       '). layers= decomposes a layer all the same.')
     return res
 
@@ -103,15 +103,16 @@ def decompose(self:Learner,
         plan = _given_plan(plan, rank_ratio != 0.5 or policy or layers or exclude or skip_unprofitable or round_to != 1 or types)
         if _in_place(self, plan): return self
     elif policy is not None and rank_ratio != 0.5: raise ValueError(f'pass rank_ratio={rank_ratio} or policy={policy!r}, not both.')
+    elif _stays(self): return self
     with torch.autocast('cuda', enabled=False):     # a callback may be called inside of mixed precision
         if not given:
             data = (self.dls if data is None else data) if calibrated else None
             policy = RankRatio(rank_ratio) if policy is None else policy
             plan = make_plan(self.model, policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude,
                              skip_unprofitable=skip_unprofitable, round_to=round_to, types=types, quiet=_decomposed(self))
-            if layers is None and isinstance(mk_policy(policy), (RankRatio, FixedRank)): plan = _spared(plan, self.model)
+            if layers is None and isinstance(mk_policy(policy), (RankRatio, FixedRank)): plan = _spared(plan, self.model, _decomposed(self))
         elif data is None and any(o.calibrated and o.name not in plan.bases for o in plan.replaced): data = self.dls    # a plan from a file
-        if _decomposed(self) and not _further(plan): return self
+        if _stays(self, plan): return self
         small = plan.apply(self.model, data=data if given else None, n_batches=n_batches if given else None)
     return _swap(self, small, _Kept(_dense_of(self) if _decomposed(self) else self.model, (*self.plans, replace(plan, bases={}))))
 
@@ -120,18 +121,25 @@ def _in_place(learn, plan):
     "Is `plan` applied already? Raises where other pairs stand in its places"
     mods = dict(learn.model.named_modules())
     ranks = {o.name: mods[o.name][0].out_features for o in plan.replaced if o.name in mods and is_pair(mods[o.name])}
-    if not _decomposed(learn) or not ranks: return False
-    if (other := [o for o in plan.replaced if ranks.get(o.name) != o.rank]):
-        raise ValueError(f'this Learner is decomposed already, by another plan ({next(iter(ranks))!r} is a pair). Nothing was changed: call learn.undecompose() first, '
-                         'which goes back to the dense model, then learn.decompose(plan=…).')
-    _warn_user('this Learner is decomposed by this plan already: nothing was changed. learn.undecompose() goes back to the dense model.')
+    if not ranks: return False
+    back = ' learn.undecompose() goes back to the dense model' if _dense_of(learn) is not None else ' A decomposed model is not decomposed again'
+    if (other := [n for n,k in ranks.items() if plan[n].rank != k] or [o.name for o in plan.replaced if o.name not in ranks]):
+        raise ValueError(f'this Learner is decomposed already, by another plan (see {other[0]!r}). Nothing was changed.{back}: do that first.' if _dense_of(learn) is not None
+                         else f'this Learner is decomposed already, by another plan (see {other[0]!r}). Nothing was changed.{back}.')
+    _warn_user(f'this Learner is decomposed by this plan already: nothing was changed.{back}.')
     return True
 
-def _further(plan):
-    "Say that pairs stay as they are; does `plan` decompose other layers?"
-    what = 'its pairs stay as they are' if plan.replaced else 'no layer is left to decompose, and nothing was changed'
+def _left(learn):
+    "Is there a layer that could be decomposed?"
+    return any(o.can for o in make_plan(learn.model, 1., spectra=False, quiet=True).layers)
+
+def _stays(learn, plan=None):
+    "Would a further `decompose` do nothing? Says so, or that the pairs stay as they are; without `plan` only where no layer is left"
+    if not _decomposed(learn) or plan is None and _left(learn): return False
+    none = plan is None or not plan.replaced
+    what = 'no layer is left to decompose, and nothing was changed' if none else 'its pairs stay as they are'
     _warn_user(f'this Learner is decomposed already: {what}. learn.undecompose() goes back to the dense model first.')
-    return bool(plan.replaced)
+    return none
 
 @patch(as_prop=True)
 def plans(self:Learner) -> list[DecompositionPlan]:
@@ -196,7 +204,7 @@ def _check_search(learn):
     if _running(learn, 'fit') or learn.lock.locked():
         raise RuntimeError('learn.rank_find validates the model many times, which cannot be done while fit, validate or get_preds runs: call it afterwards.')
     if not _decomposed(learn): return
-    if not any(o.can for o in make_plan(learn.model, 1., spectra=False, quiet=True).layers):
+    if not _left(learn):
         raise ValueError('this Learner is decomposed already, and no layer is left: call learn.undecompose() first, then learn.rank_find().')
     _warn_user('this Learner is decomposed already: rank_find compares with the model as it is, and tries only layers that are still dense. '
                'learn.undecompose() goes back to the dense model first.')
