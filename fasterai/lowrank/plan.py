@@ -221,7 +221,7 @@ def make_plan(
     ranks = policy.ranks(chosen)
     res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
         skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model), _notes(policy, chosen, stats if bases else {}), stats.sensitivity, bases)
-    if not quiet: _warn(res, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
+    if not quiet: _warn(res, stats, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
 # %% ../../nbs/lowrank/plan.ipynb #2dabc3ee
@@ -306,8 +306,14 @@ def _remarks(row, s, zero, stats):
     if s.reader: remark.append(f'offers .weight to {s.reader}')
     if len(stats) and s.name not in stats and s.name not in stats.missing: remark.append('plain SVD: the statistics do not speak of it')
     if s.name in stats.missing: remark.append(f'plain SVD: {stats.missing[s.name]}')
-    if s.name in stats and stats[s.name].dropped: remark.append(f'{stats[s.name].dropped} of the inputs were not finite and are not counted')
+    if (st := stats.get(s.name)) is not None:
+        if st.dropped: remark.append(_not_finite(st.dropped, st.rows + st.dropped))
+        if st.few: remark.append(f'seen on {_rows_of(st)} for {row.in_features:,} inputs: close to plain SVD')
     return remark
+
+def _not_finite(bad, total): return f'{bad:,} of {total:,} row{"s"[:total != 1]} {"is" if bad == 1 else "are"} not finite and {"was" if bad == 1 else "were"} left out'
+
+def _rows_of(st): return f'{st.rows:,} row{"s"[:st.rows != 1]}' + (f' ({st.distinct:,} different)' if st.distinct else '')
 
 def _valid(rank, row):
     "`rank` as an int, checked"
@@ -339,8 +345,8 @@ def thin_layers(
     return res
 
 # %% ../../nbs/lowrank/plan.ipynb #9ec283d9
-def _warn(plan, asked):
-    "Say what a user would not expect: layers that grow, that lose much for little, nothing to do, or a layer named by the user that has to stay dense"
+def _warn(plan, stats, asked):
+    "Say what a user would not expect: layers that grow, that lose much for little, few or bad data, nothing to do, or a layer named by the user that has to stay dense"
     grown = [o for o in plan.replaced if o.params_after > o.weight_params]
     if grown:
         some = ', '.join(o.name or '(the model)' for o in grown[:3]) + (', …' if len(grown) > 3 else '')
@@ -348,6 +354,7 @@ def _warn(plan, asked):
         _warn_user(f'{len(grown)} of {len(plan.replaced)} layers grew ({some}; {extra:,} parameters more): {plan.policy} is above '
             'their break-even rank. Use skip_unprofitable=True to keep them dense, or a smaller rank.')
     _warn_thin(plan, asked, grown)
+    _warn_data(plan, stats)
     if not plan.replaced:
         why = '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in plan.skipped[:3]) or 'it has no fully-connected layer'
         _warn_user(f'nothing to decompose ({why}).')
@@ -363,6 +370,19 @@ def _warn_thin(plan, asked, grown):
     saved,names = sum(o.weight_params - o.params_after for o in rows),[o.name for o in rows]
     _warn_user(f'{len(rows)} of {len(plan.replaced)} layers lose{"s" if len(rows) == 1 else ""} much to save {saved:,} parameters, {saved/plan.params:.1%} of the model '
         f'({some}). To keep {"it" if len(rows) == 1 else "them"} dense use exclude={(names[0] if len(names) == 1 else names)!r}.')
+def _warn_data(plan, stats):
+    "Say where the data are too few, or not finite"
+    seen = [(o, st) for o in plan.replaced if (st := stats.get(o.name)) is not None]
+    few = [(st.independent, o.in_features) for o,st in seen if st.few]
+    if few:
+        N,n = min(few)
+        _warn_user(f'{len(few)} of {len(plan.replaced)} layers saw few rows of data for their width ({N:,} row{"s"[:N != 1]}'
+            f'{" that differ" if any(st.distinct for _,st in seen if st.few) else ""} for {n:,} inputs): their pairs are close to plain SVD. Pass more batches.')
+    bad = max(((st.dropped + st.lost, st.rows + st.dropped) for _,st in seen), default=(0, 0))
+    if bad[0]: _warn_user(f'{_not_finite(*bad)}: the data have NaN or Inf there, or the model overflows on them.')
+    none = [n for n,why in stats.missing.items() if 'finite' in why]
+    if none: _warn_user(f'{len(none)} layers got no finite row of data and have plain SVD: {", ".join(none[:3])}{", …" if len(none) > 3 else ""}.')
+
 
 # %% ../../nbs/lowrank/plan.ipynb #ebf8e5bf
 @patch
