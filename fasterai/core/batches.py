@@ -88,7 +88,7 @@ def model_args(
     n_inp: int|None = None,    # how many items of a tuple are inputs; None to go by the signature of `forward`
 ) -> tuple[tuple,dict,tuple]:  # positional arguments, keyword arguments, targets
     "The arguments of `model` for `batch`, on its device, and the targets"
-    t = next(chain(model.parameters(), model.buffers()), None)
+    t = next((t for t in chain(model.parameters(), model.buffers()) if not t.is_meta), None)    # some may be offloaded
     if isinstance(batch, Mapping): batch = dict(batch)
     batch = default_convert(apply(partial(_from_numpy, dtype=t.dtype if t is not None and t.is_floating_point() else None), batch))
     if t is not None: batch = to_device(batch, t.device)

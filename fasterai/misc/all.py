@@ -1,6 +1,9 @@
 "Everything public: `from fasterai.misc.all import *`"
+from fasterai.core.readers import *
+from fasterai.core.surgery import *
 from fasterai.core.modules import *
 from fasterai.core.batches import *
+from fasterai.core.check import *
 from fasterai.lowrank.calibrate import *
 from fasterai.lowrank.factorize import *
 from fasterai.lowrank.latency import *
