@@ -262,7 +262,7 @@ def model_args(
     splits: dict|None = None,  # how earlier batches were read, to read this one alike; filled by the first one, which alone warns
 ) -> tuple[tuple,dict,tuple]:  # positional arguments, keyword arguments, targets
     "The arguments of `model` for `batch`, on its device, and the targets"
-    t,f = next(chain(model.parameters(), model.buffers()), None),_Forward(model)
+    f,t = _Forward(model),next((t for t in chain(model.parameters(), model.buffers()) if not t.is_meta), None)    # some may be offloaded
     batch = _plain(batch) if t is None else _plain(batch, t.dtype if t.is_floating_point() else None, t.device)
     fields = getattr(batch, '_fields', ()) if _is_tuple(batch) else ()
     if fields and fields[0] in f.names:     # a named tuple

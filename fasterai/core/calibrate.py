@@ -20,7 +20,8 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
-from .modules import _atomic, _double, find_linears, select
+from .files import _atomic
+from .modules import _double, find_linears, select
 from .batches import _short, run_batches
 from .distributed import agreed, gathered, summed, world
 
@@ -484,7 +485,7 @@ def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, se
     col,n,place = _Collector(sites, sensitivity, None if loss else seed),0,world()
     if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait for each other
     with agreed():
-        if any(p.is_meta for p in model.parameters()): raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
+        if any(p.is_meta for p in model.parameters()) and not any('_hf_hook' in m.__dict__ for m in model.modules()): raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
         runs = run_batches(model, data, n_batches=n_batches, grad=bool(sensitivity), progress=None if place[0] else 'calibrate', place=place)
         with torch.inference_mode(False), _hooked(model, col), closing(runs):
             for z,targets in runs:

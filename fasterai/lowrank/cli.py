@@ -23,7 +23,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.models import vgg16_bn
 from ..core.distributed import world
-from ..core.modules import _umask, count_params
+from ..core.files import _umask
+from ..core.modules import count_params
 from .checkpoint import decompose_checkpoint
 from .plan import DecompositionPlan, make_plan
 from .ranks import ParamBudget

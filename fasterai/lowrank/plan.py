@@ -18,8 +18,10 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from ..core.batches import _short
+from ..core.check import check_result, first_batch, swap_faults
 from ..core.files import write_atomic
-from ..core.modules import _become, _double, _warn_user, LinearSite, copy_with, count_params, find_linears, is_pair, mk_pair, select
+from ..core.modules import _double, _is_ours, _warn_user, LinearSite, count_params, find_linears, is_pair, mk_pair, select
+from ..core.surgery import _become, copy_with
 from ..core.distributed import agreed, balanced, shared, world
 from ..core.calibrate import Calibration, NotDifferentiable, _collect
 from .factorize import Basis, Solver, _check_solver, factorize, shifted_bias, spectrum, trunc_error
@@ -38,6 +40,7 @@ class LayerPlan(Layer):
     asked: bool = True                # False: left out by layers=, exclude= or PerLayer
     remark: str = ''                  # what there is to say if it becomes a pair
     calibrated: bool = False          # were activations seen?
+    size: int = 0                     # number of weights, where it is not n·m: stacked or recurrent matrices
     errors: tuple[float,...]|None = None  # relative error of the output at ranks 0 to min(m, n), where the spectrum says something else
 
     @property
@@ -47,6 +50,9 @@ class LayerPlan(Layer):
         if self.rank is None: return 0.
         if self.errors is not None: return self.errors[self.rank]
         return None if self.spectrum is None else trunc_error(self.spectrum, self.rank)
+
+    @property
+    def weight_params(self) -> int: return self.size or super().weight_params
 
     @property
     def params_after(self) -> int:
@@ -210,6 +216,7 @@ def make_plan(
     if isinstance(layers, Iterable) and not isinstance(layers, str): layers = tuple(layers)
     _check_round_to(round_to, policy)
     left_out = _left_out(model, sites, layers, exclude, policy)
+    sites,data = _tried(model, sites, left_out, data)
     todo = [s for s in sites if s.reason is None and s.name not in left_out]
     zero = {s.name for s in todo if _check_finite(s)}
     stats = _statistics(model, data, [s for s in todo if s.name not in zero], policy, n_batches, sensitivity, loss)
@@ -220,9 +227,26 @@ def make_plan(
     chosen = [rows[s.name] for s in todo if s.name not in left_out]
     ranks = policy.ranks(chosen)
     res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
-        skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model), _notes(policy, chosen, stats if bases else {}), stats.sensitivity, bases)
+        skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model),
+        '; '.join(filter(None, [_notes(policy, chosen, stats if bases else {}), _unread(todo, data)])), stats.sensitivity, bases)
     if not quiet: _warn(res, stats, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
+
+# %% ../../nbs/lowrank/plan.ipynb #5c0e11a2
+def _tried(model, sites, left_out, data):
+    "`sites` with a reason for each layer that cannot be replaced, seen by running the model on the first batch; `data` as it was"
+    todo = [s for s in sites if s.reason is None and s.name not in left_out]
+    if data is None or isinstance(data, Calibration) or not todo or world()[1] > 1 or any(p.is_meta for p in model.parameters()): return sites, data
+    run,data = first_batch(model, data)
+    if run is None: return sites, data
+    faults = swap_faults(model, [s for s in todo if not _check_finite(s)], run)
+    if faults: _warn_user('left dense: ' + '; '.join(f'{n or "(the model)"} ({why})' for n,why in faults.items()) + '.')
+    return [replace(s, reason=faults.get(s.name, s.reason)) for s in sites], data
+
+def _unread(sites, data):
+    "A note about functions whose source is not there to be read"
+    names = sorted({s.reader.removesuffix(' (no source)') for s in sites if s.reader and s.reader.endswith('(no source)')}) if data is None else []
+    return f'could not read {", ".join(names)}: pass data to have the result checked' if names else ''
 
 # %% ../../nbs/lowrank/plan.ipynb #2dabc3ee
 def _statistics(model, data, sites, policy, n_batches, sensitivity, loss):
@@ -293,7 +317,7 @@ def _row_of(s: LinearSite, spec, st, basis):
 def _decide(row, s, left_out, rank, zero, skip_unprofitable, round_to, stats):
     "One row of the plan"
     why = s.reason or left_out
-    row = replace(row, remark='; '.join(_remarks(row, s, zero, stats)), asked=not left_out)
+    row = replace(row, remark='; '.join(_remarks(row, s, zero, stats)), asked=not left_out, size=s.size)
     if why or rank is None: return replace(row, reason=why or 'dense by policy')
     k = 1 if zero else round_rank(_valid(rank, row), round_to)
     if skip_unprofitable and k > row.break_even:
@@ -410,6 +434,14 @@ def _bias(layer):
     b = layer.bias
     return None if b is None else nn.Parameter(b.detach().clone(), b.requires_grad)
 
+# %% ../../nbs/lowrank/plan.ipynb #5c0e11a3
+@patch
+def _checked(self:DecompositionPlan, res, names, before):
+    "`res`, once it is sure that the layers `names` are pairs and the number of parameters, `before` in the dense model, is right"
+    rows = [o for o in self.replaced if o.name in names]
+    check_result(res, {n: o.rank for o in rows for n in o.names}, before + sum(o.params_after - o.weight_params for o in rows))
+    return res
+
 # %% ../../nbs/lowrank/plan.ipynb #50161db2
 @patch
 def apply(self:DecompositionPlan, 
@@ -422,20 +454,22 @@ def apply(self:DecompositionPlan,
 ) -> nn.Module:         # a new model, or `model`
     "A copy of `model` with every planned layer replaced by its pair, factorized one layer at a time"
     _check_solver(solver)
-    new = {}
     with torch.inference_mode(False), torch.no_grad():
         with agreed():
             sites = [*self._sites(model).values()]
             for s in sites: _check_finite(s)
-        bases = self._bases(model, sites, data, n_batches)
+        bases,before = self._bases(model, sites, data, n_batches),count_params(model)
         def empty(s): return _empty(s, self[s.name], s.weight.new_empty)
         room = {} if inplace else {s: empty(s) for s in sites}  # before all work space: memory not yet written to costs nothing, and no holes are left
-        def take(s): return room.pop(s, None) or empty(s)
+        with agreed(): res = model if inplace else copy_with(model, {s.module: o for s,o in room.items()})  # what cannot be copied says so before the work
+        def take(s): return room.get(s) or empty(s)
+        done = set()
         for s,pair in _divided(sites, 'factors', lambda s: _mk(s, take(s), bases.get(s.name), solver), _tensors, lambda s,o: _filled(take(s), o)):
             if pair is None: continue
             if inplace: _become(s.module, pair)
-            else: new[s.module] = pair
-        return model if inplace else copy_with(model, new)
+            done.add(s.name)
+        if not inplace and len(done) < len(sites): res = copy_with(model, {s.module: o for s,o in room.items() if s.name in done})
+        return self._checked(res, done, before)
 
 # %% ../../nbs/lowrank/plan.ipynb #b46681a6
 @patch
@@ -483,7 +517,7 @@ def _filled(pair, tensors):
 def _empty(s, row, new=None):
     w = s.module.weight
     A,B = ((new or w.new_zeros)(o) for o in ((row.rank, row.in_features), (row.out_features, row.rank)))
-    return mk_pair(A, B, _bias(s.module), readable=row.readable, requires_grad=w.requires_grad).train(s.module.training)
+    return mk_pair(A, B, _bias(s.module), readable=row.readable, head=s.head, requires_grad=w.requires_grad).train(s.module.training)
 
 # %% ../../nbs/lowrank/plan.ipynb #cd578018
 @patch
@@ -492,7 +526,8 @@ def skeleton(self:DecompositionPlan,
 ) -> nn.Module:         # a new model whose pairs are zero
     "A copy of `model` with empty pairs in place, for `load_state_dict`"
     with torch.inference_mode(False), torch.no_grad():
-        return copy_with(model, {s.module: _empty(s, self[n]) for n,s in self._sites(model).items()})
+        sites = self._sites(model)
+        return self._checked(copy_with(model, {s.module: _empty(s, self[n]) for n,s in sites.items()}), sites.keys(), count_params(model))
 
 # %% ../../nbs/lowrank/plan.ipynb #dfe002f4
 @patch
@@ -615,12 +650,16 @@ def _merge(
 
 def to_dense(
     model: nn.Module,   # left unchanged
+    plan: DecompositionPlan|None = None, # merge what it replaced, for pairs that are not marked: built by hand, or by an earlier version
 ) -> nn.Module:
-    "A copy of `model` with every low-rank pair merged into one `nn.Linear`"
-    new = {}
+    "A copy of `model` in which every pair that was made here is merged into one `nn.Linear`; a bottleneck that the model was designed with stays"
+    new,pairs = {},{n: m for n,m in model.named_modules() if is_pair(m)}
+    if plan is not None: ours = {n: pairs[n] for o in plan.replaced for n in o.names if n in pairs}
+    else: ours = {n: m for n,m in pairs.items() if _is_ours(m)}
+    if plan is None and pairs and not ours:
+        _warn_user(f'nothing to merge: {", ".join([*pairs][:3]) or "(the model)"} may be bottlenecks of the model itself. Pass to_dense(model, plan) for pairs of a plan.')
     with torch.inference_mode(False), torch.no_grad():
-        for m in model.modules():
-            if not is_pair(m): continue
+        for m in ours.values():
             a,b = m[0].weight,m[1].weight
             W = _merge(a, b)
             lin = nn.Linear(a.shape[1], b.shape[0], bias=m[1].bias is not None, device='meta')

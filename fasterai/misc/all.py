@@ -1,6 +1,9 @@
 "Everything public: `from fasterai.misc.all import *`"
 from fasterai.core.files import *
+from fasterai.core.readers import *
+from fasterai.core.surgery import *
 from fasterai.core.modules import *
+from fasterai.core.check import *
 from fasterai.core.batches import *
 from fasterai.core.budget import *
 from fasterai.core.calibrate import *
