@@ -147,7 +147,7 @@ def test_other_networks():
     assert read(Audio(), (wave, mask, Y[:6])) == (1, ['attention_mask'], 1)
     for cls in ('ViTForImageClassification', 'ConvNextForImageClassification', 'CLIPVisionModel'):
         class Vision(nn.Module): forward = getattr(hf, cls).forward
-        for y in (Y[:2], torch.rand(2, 10), torch.eye(10)[:2]): assert read(Vision(), (torch.randn(2, 3, 4, 4), y)) == (1, [], 1)
+        for y in (Y[:2], torch.rand(2, 10), torch.eye(10)[:2], torch.eye(3)[[0, 0]], torch.tensor([[1, 0, 0]]*2)): assert read(Vision(), (torch.randn(2, 3, 4, 4), y)) == (1, [], 1)
     class Xlm(nn.Module): forward = hf.XLMModel.forward
     assert read(Xlm(), (ids, mask, Y[:6])) == (1, ['attention_mask'], 1)     # 0 is no length
 

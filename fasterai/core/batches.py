@@ -125,8 +125,8 @@ class _Forward:
 def _binary(t): return t.dtype is torch.bool or bool(((t == 0) | (t == 1)).all())
 
 def _per_token(t, x):
-    "Has `t` one value (batch, tokens) for each token of the first input `x` (batch, tokens, …)?"
-    return isinstance(t, torch.Tensor) and isinstance(x, torch.Tensor) and x.ndim > 1 and t.shape == x.shape[:2]
+    "Has `t` one value (batch, tokens) for each token of the first input `x` (batch, tokens, …), which is not a batch of images?"
+    return isinstance(t, torch.Tensor) and isinstance(x, torch.Tensor) and x.ndim not in (0, 1, 4) and t.shape == x.shape[:2]
 
 def _is_mask(t, x):
     "Is `t` the padding mask of `x`: ones from the first token on, or the same padding token wherever it is 0?"
@@ -169,7 +169,7 @@ def _by_name(name, t, x, vocab):
     if name == 'token_type_ids': return whole and like and t.ndim == 2 and bool(((t >= 0) & (t < vocab)).all())
     if name == 'position_ids': return whole and t.ndim == 2 and bool((t[:,1:] - t[:,:-1] == 1).float().mean() > .5)
     if name.endswith('_ids') or name == 'langs': return whole and t.ndim == 2
-    if 'embed' in name or 'hidden_states' in name: return not whole and t.ndim > 2
+    if re.search('embed|hidden_states|mapping', name): return not whole and t.ndim > 2
     if _NO_LABELS.fullmatch(name) and whole: return False
 
 def _could_be(f: _Forward, p, t, x):
@@ -183,9 +183,10 @@ def _could_be(f: _Forward, p, t, x):
     return not ('LongTensor' in note and t.is_floating_point() or 'FloatTensor' in note and not t.is_floating_point())
 
 def _is_target(t, x):
-    "Clearly a target: -100 marks what does not count, or it is the input itself, or the input one token later"
+    "Clearly a target: -100 marks what does not count, or it is one-hot, the input itself, or the input one token later"
     if not isinstance(t, torch.Tensor) or t.ndim == 0: return True
     if not t.is_floating_point() and bool((t == -100).any()): return True
+    if t.ndim == 2 and t.shape[1] > 1 and _binary(t) and bool((t.sum(1) == 1).all()): return True
     if not isinstance(x, torch.Tensor) or t.shape != x.shape: return False
     return torch.equal(t, x) or t.ndim == 2 and t.shape[1] > 1 and torch.equal(t[:,:-1], x[:,1:])
 
