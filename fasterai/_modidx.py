@@ -271,6 +271,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/core/files.py'),
                                      'fasterai.core.files._atomic': ('core/files.html#_atomic', 'fasterai/core/files.py'),
                                      'fasterai.core.files._header': ('core/files.html#_header', 'fasterai/core/files.py'),
+                                     'fasterai.core.files._kind': ('core/files.html#_kind', 'fasterai/core/files.py'),
                                      'fasterai.core.files._open': ('core/files.html#_open', 'fasterai/core/files.py'),
                                      'fasterai.core.files._opened': ('core/files.html#_opened', 'fasterai/core/files.py'),
                                      'fasterai.core.files._prefixes': ('core/files.html#_prefixes', 'fasterai/core/files.py'),

@@ -338,3 +338,44 @@ def test_the_top_of_a_disk_is_not_replaced(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match='disk is the top folder of a disk and cannot be replaced. Choose a folder below it'):
         decompose_checkpoint(src, tmp_path/'disk', .5, model=mlp, overwrite=True)
     assert listing(tmp_path) == sorted(['disk', 'src', *(f'src/{f}' for f in listing(src))])
+
+def test_files_that_are_something_else(tmp_path):
+    m = mlp()
+    for kw in (dict(), dict(_use_new_zipfile_serialization=False)):
+        torch.save(m.state_dict(), tmp_path/'w.pt', **kw)
+        with pytest.raises(ValueError, match='w.pt is not a whole safetensors file: it looks like one of torch.save. Load it'): decompose_checkpoint(tmp_path/'w.pt', tmp_path/'s.safetensors', model=mlp)
+    (tmp_path/'l.safetensors').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 12345\n')
+    with pytest.raises(ValueError, match='pointer of Git LFS, the file itself was not downloaded. Run git lfs pull'): decompose_checkpoint(tmp_path/'l.safetensors', tmp_path/'s.safetensors', model=mlp)
+
+@pytest.mark.filterwarnings('ignore:.*will not have:UserWarning')
+def test_no_room_for_the_other_files(tmp_path, monkeypatch):
+    src,real,n = model_folder(tmp_path/'src'),shutil.copyfile,[0]
+    def copyfile(a, b):
+        n[0] += 1
+        if n[0] == 3: raise OSError(28, 'No space left on device')
+        return real(a, b)
+    with monkeypatch.context() as mk, pytest.raises(OSError, match='No space left'):
+        mk.setattr(shutil, 'copyfile', copyfile)
+        decompose_checkpoint(src, tmp_path/'dst', .5, model=mlp)
+    assert not (tmp_path/'dst').exists()
+    decompose_checkpoint(src, tmp_path/'dst', .5, model=mlp)
+    assert (tmp_path/'dst/2_Dense/config.json').read_text() == '2_Dense/config.json' and sorted(f.name for f in tmp_path.iterdir()) == ['dst', 'src']
+    load_decomposed(mlp, tmp_path/'dst')
+
+def test_a_layer_that_is_stored_with_others_stays(tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM, conversion_mapping as cm
+    from transformers.core_model_loading import Chunk, WeightConverter
+    torch.manual_seed(0)
+    m = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    m.save_pretrained(tmp_path/'src')
+    sd,parts = load_file(tmp_path/'src/model.safetensors'),[f'self_attn.{o}_proj.weight' for o in 'qkv']
+    for i in range(2): sd[f'model.layers.{i}.self_attn.qkv.weight'] = torch.cat([sd.pop(f'model.layers.{i}.{o}') for o in parts])
+    save_file(sd, tmp_path/'src/model.safetensors', {'format': 'pt'})
+    with pytest.raises(ValueError, match="lacks 6 of .* 'model.layers.0.self_attn.k_proj.weight'"): decompose_checkpoint(tmp_path/'src', tmp_path/'dst', 1.)
+    monkeypatch.setattr(cm, 'get_model_conversion_mapping', lambda net: [WeightConverter('self_attn.qkv.weight', [*parts], [Chunk(dim=0)])])
+    plan = decompose_checkpoint(tmp_path/'src', tmp_path/'dst', 1.)
+    assert 'another form, which transformers converts' in plan['model.layers.1.self_attn.k_proj'].reason and plan['model.layers.1.self_attn.o_proj'].rank == 32
+    small = load_decomposed(None, tmp_path/'dst')
+    assert close(small, m) and all(p.untyped_storage().nbytes() == p.nbytes for p in small.parameters())
+    save_file(sd | {'model.layers.0.self_attn.qkv.weight': torch.ones(96, 31)}, tmp_path/'src/model.safetensors', {'format': 'pt'})
+    with pytest.raises(ValueError, match=r"q_proj.weight' \(made of 'model.layers.0.self_attn.qkv.weight'\) has shape \(32, 31\)"): decompose_checkpoint(tmp_path/'src', tmp_path/'dst2', 1.)

@@ -82,6 +82,14 @@ class _Stored:
         return buf.view(self.torch_dtype).reshape(self.shape)
 
 # %% ../../nbs/core/files.ipynb #fc679de1
+def _kind(path):
+    "What else a file is, and what to do with it; '' where that is not known"
+    with open(path, 'rb') as f: start = f.read(40)
+    if start.startswith((b'PK\x03\x04', b'\x80\x02')):
+        return 'it looks like one of torch.save. Load it with torch.load and write its state dict with safetensors.torch.save_file.'
+    pointer = start.startswith(b'version https://git-lfs')
+    return 'it is a pointer of Git LFS, the file itself was not downloaded. Run git lfs pull.' if pointer else ''
+
 def _header(
     path: Path,
 ) -> tuple[dict[str,_Stored],dict[str,str]]:    # tensors by name, and metadata
@@ -89,7 +97,7 @@ def _header(
     if not path.is_file(): raise FileNotFoundError(f'no such file: {path}.')
     try:
         with safe_open(path, 'pt'): pass
-    except SafetensorError as e: raise ValueError(f'{path} is not a whole safetensors file: {e}. Copy or download it again.') from None
+    except SafetensorError as e: raise ValueError(f'{path} is not a whole safetensors file: {_kind(path) or f"{e}. Copy or download it again."}') from None
     with open(path, 'rb') as f:
         n = int.from_bytes(f.read(8), 'little')
         head = json.loads(f.read(n))
