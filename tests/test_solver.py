@@ -193,3 +193,41 @@ def test_decompose_by_krylov():
     assert all(map(torch.equal, again.parameters(), fast.parameters()))
     with pytest.raises(ValueError, match='solver must be .* got 3'): fc.decompose(m, solver=3, inplace=True)
     assert isinstance(m[0], nn.Linear)
+
+# ------------------------------------------------------------------ weights of any size
+
+@pytest.mark.parametrize('dtype,size', [(torch.float32, 3e38), (torch.float32, 1e30), (torch.float32, 1e-30), (torch.float32, 1e-42), (torch.bfloat16, 3e38),
+    (torch.bfloat16, 1e-39), (torch.float16, 6e4), (torch.float16, 1e-6), (torch.float64, 1.7e308), (torch.float64, 1e200), (torch.float64, 1e-310)], ids=str)
+@pytest.mark.parametrize('m,n', [(60, 90), (300, 280)])
+def test_weights_near_the_ends_of_their_dtype(dtype, size, m, n):
+    W = (torch.rand(m, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)*2 - 1)
+    W = (W*size).to(dtype)
+    assert W.isfinite().all() and W.any()
+    lin = nn.Linear(n, m, bias=False, dtype=dtype)
+    lin.weight.data = W
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plan = FC_Decomposer(policy=m//4).plan(lin)
+        A,B = (p.detach().double() for p in plan.apply(lin).parameters())
+    assert A.isfinite().all() and B.isfinite().all()
+    V = W.double()*size**-.5*size**-.5
+    S = torch.linalg.svdvals(V)
+    best = (S[m//4:].norm()/S.norm()).item()
+    assert plan[''].error == pytest.approx(best, rel=1e-5)
+    err = (torch.norm(V - (B*size**-.5) @ (A*size**-.5))/V.norm()).item()
+    assert best*(1 - 1e-6) <= err <= best*1.001 + 2*torch.finfo(dtype).eps
+
+def test_a_size_in_the_middle_changes_no_bit():
+    W = torch.randn(300, 320, generator=torch.Generator().manual_seed(0))
+    a,b = factorize(W, rank=20),factorize(W*2**-8, rank=20)
+    assert a.scale == b.scale == 1 and factorize(W*2.**100, rank=20).scale > 1
+
+@pytest.mark.parametrize('k', [1, 75, 300])
+def test_matrices_that_a_gram_matrix_cannot_tell_give_no_warning(k):
+    i = torch.arange(300.)
+    for W in (1/(i[:,None] + i + 1), torch.ones(300, 300), torch.randn(3, 300).repeat(100, 1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            A,B = factorize(W, rank=k).pair(k)
+        S = torch.linalg.svdvals(W.double())
+        assert torch.norm(W.double() - B.double() @ A.double()) <= S[k:].norm()*(1 + 1e-5) + 5e-6*S.norm()

@@ -199,8 +199,8 @@ class LayerStats:
     @property
     def trust(self) -> float:
         "Share of the mean that is believed: James–Stein, 0 where the rows do not vary"
-        square = float(self.mean.square().sum())
-        return max(0., 1 - self.trace/(self.independent - 1)/square) if self.varies and square else 0.
+        square,v = float(self.mean.square().sum()),self.independent - 1
+        return max(0., 1 - self.trace/v*(v + 2)/v/square) if self.varies and square else 0.
     @property
     def few(self) -> bool:
         "Are these rows too few to say much: fewer than features, and most of the covariance assumed?"
