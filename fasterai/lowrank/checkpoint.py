@@ -109,7 +109,7 @@ def planned(self:_Job, skip_unprofitable, round_to, asked):
             if rank == 0:
                 plan = _made_plan(self.params, self.sites, self.why, self.left_out, seen, self.policy, self.stored, skip_unprofitable, round_to)
                 done = self.run.agree(plan, self.overwrite)
-                _warn(plan, asked | {*getattr(self.policy, 'policies', ())})
+                _warn(plan, Calibration({}), asked | {*getattr(self.policy, 'policies', ())})
     except (ValueError, RuntimeError):
         if rank == 0 and not self.run.begun and not self.policy.needs_spectra: shutil.rmtree(self.run.path)   # nothing in it worth keeping
         raise
