@@ -202,6 +202,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.readers._modules_in': ('core/readers.html#_modules_in', 'fasterai/core/readers.py'),
                                        'fasterai.core.readers._name': ('core/readers.html#_name', 'fasterai/core/readers.py'),
                                        'fasterai.core.readers._plain_fn': ('core/readers.html#_plain_fn', 'fasterai/core/readers.py'),
+                                       'fasterai.core.readers._targets': ('core/readers.html#_targets', 'fasterai/core/readers.py'),
                                        'fasterai.core.readers._walk': ('core/readers.html#_walk', 'fasterai/core/readers.py'),
                                        'fasterai.core.readers.weight_readers': ( 'core/readers.html#weight_readers',
                                                                                  'fasterai/core/readers.py')},

@@ -166,7 +166,7 @@ def _away(model):
     res = {}
     for m in model.modules():
         if _is_fsdp(m): res |= {id(c): _SHARDED for c in m.modules()}
-        if isinstance(w := m._parameters.get('weight'), torch.Tensor) and (why := _elsewhere_reason(w)): res.setdefault(id(m), why)
+        if 'weight' in m._parameters and (w := m.weight) is not None and (why := _elsewhere_reason(w)): res.setdefault(id(m), why)
         if '_hf_hook' not in m.__dict__: continue
         for c in m.modules():
             if any(p is not None and p.is_meta for p in c._parameters.values()):
@@ -252,7 +252,7 @@ def find_linears(
 
 def _walk_reason(m, r):
     "What the source walk `r` found that a pair cannot answer"
-    return next((why for o in (m, m.weight, m.bias) if (why := r.kept.get(id(o)))), None) or r.written.get(id(m))
+    return next((why for o in (m, m.weight, getattr(m, 'bias', None)) if (why := r.kept.get(id(o)))), None) or r.written.get(id(m))
 
 def _hooked(m): return 'its own hooks' if any(getattr(m, h, None) for h in _HOOKS) else None
 
