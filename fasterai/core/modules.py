@@ -142,12 +142,16 @@ def _own_forward(m):
     f = m.__dict__.get('forward')
     return f is None or getattr(f, '__self__', None) is m and getattr(f, '__func__', None) is type(m).forward
 
+def _foreign(hook):
+    "Is this state_dict hook one that means something? Those that torch's norms leave behind when they are removed do not"
+    return not getattr(getattr(hook, 'hook', hook), '__module__', '').startswith('torch.nn.utils.')
+
 def _content_reason(m):
     if (why := _computed_reason(m)): return why
     w,extra = m.weight,(set(m._parameters) - {'weight','bias'}) | set(m._buffers) | set(m._modules)
     if extra: return f'holds more than weight and bias: {", ".join(sorted(extra))}'
     if not _own_forward(m): return 'its forward was replaced on the instance'
-    if any(getattr(m, h, None) for h in _STATE_HOOKS): return 'has state_dict hooks'
+    if any(map(_foreign, [h for k in _STATE_HOOKS for h in getattr(m, k, {}).values()])): return 'has state_dict hooks'
     if type(w.data) is not torch.Tensor: return f'its weight is a {type(w.data).__name__}'
     if w.dtype not in _FLOATS: return f'dtype {w.dtype} is not supported'
     if w.layout is not torch.strided: return f'its weight is {w.layout}, not dense'

@@ -179,7 +179,9 @@ def mods(self:_FnWalk, e) -> list:
     "Modules (or lists of modules) that expression `e` may stand for"
     if isinstance(e, ast.Name): return self.env[e.id] if e.id in self.env else self._global(e)
     if isinstance(e, ast.Attribute): return self._attr(e.value, e.attr)
-    if isinstance(e, ast.Subscript): return [self._items(e.value)] if isinstance(e.slice, ast.Slice) else self._items(e.value)
+    if isinstance(e, ast.Subscript):
+        if (one := self._keyed(e)): return one
+        return [self._items(e.value)] if isinstance(e.slice, ast.Slice) else self._items(e.value)
     if isinstance(e, (ast.List, ast.Tuple, ast.Set)): return [[m for v in e.elts for m in self.mods(v)]]
     if isinstance(e, ast.Dict): return [[m for v in e.values for m in self.mods(v)]]
     if isinstance(e, (ast.ListComp, ast.SetComp, ast.GeneratorExp)): return [self.mods(e.elt)]
@@ -190,6 +192,16 @@ def mods(self:_FnWalk, e) -> list:
     if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add): return self.mods(e.left) + self.mods(e.right)
     if isinstance(e, ast.NamedExpr): return self.mods(e.value)
     return self._called(e) if isinstance(e, ast.Call) else []
+
+@patch
+def _keyed(self:_FnWalk, e):
+    "The children that `x[key]`, `x._modules[key]` stand for, where the key is written out"
+    key,x = getattr(e.slice, 'value', None),e.value
+    if isinstance(x, ast.Subscript) and getattr(x.slice, 'value', None) == '_modules':     # vars(x)['_modules'], x.__dict__['_modules']
+        x = x.value.value if isinstance(x.value, ast.Attribute) else x.value.args[0] if getattr(x.value, 'args', None) else x
+    elif isinstance(x, ast.Attribute) and x.attr == '_modules': x = x.value
+    own = [m for m in self.mods(x) if isinstance(m, nn.Module)]
+    return [m._modules[str(key)] for m in own if isinstance(key, (str, int)) and str(key) in m._modules]
 
 @patch
 def _global(self:_FnWalk, e):
