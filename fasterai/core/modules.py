@@ -142,12 +142,16 @@ def _own_forward(m):
     f = m.__dict__.get('forward')
     return f is None or getattr(f, '__self__', None) is m and getattr(f, '__func__', None) is type(m).forward
 
+def _foreign(hook):
+    "Is this state_dict hook one that means something? Those that torch's norms leave behind when they are removed do not"
+    return not getattr(getattr(hook, 'hook', hook), '__module__', '').startswith('torch.nn.utils.')
+
 def _content_reason(m):
     if (why := _computed_reason(m)): return why
     w,extra = m.weight,(set(m._parameters) - {'weight','bias'}) | set(m._buffers) | set(m._modules)
     if extra: return f'holds more than weight and bias: {", ".join(sorted(extra))}'
     if not _own_forward(m): return 'its forward was replaced on the instance'
-    if any(getattr(m, h, None) for h in _STATE_HOOKS): return 'has state_dict hooks'
+    if any(map(_foreign, [h for k in _STATE_HOOKS for h in getattr(m, k, {}).values()])): return 'has state_dict hooks'
     if type(w.data) is not torch.Tensor: return f'its weight is a {type(w.data).__name__}'
     if w.dtype not in _FLOATS: return f'dtype {w.dtype} is not supported'
     if w.layout is not torch.strided: return f'its weight is {w.layout}, not dense'
@@ -166,7 +170,7 @@ def _away(model):
     res = {}
     for m in model.modules():
         if _is_fsdp(m): res |= {id(c): _SHARDED for c in m.modules()}
-        if isinstance(w := m._parameters.get('weight'), torch.Tensor) and (why := _elsewhere_reason(w)): res.setdefault(id(m), why)
+        if 'weight' in m._parameters and (w := m.weight) is not None and (why := _elsewhere_reason(w)): res.setdefault(id(m), why)
         if '_hf_hook' not in m.__dict__: continue
         for c in m.modules():
             if any(p is not None and p.is_meta for p in c._parameters.values()):
@@ -253,7 +257,7 @@ def find_linears(
 
 def _walk_reason(m, r):
     "What the source walk `r` found that a pair cannot answer"
-    return next((why for o in (m, m.weight, m.bias) if (why := r.kept.get(id(o)))), None) or r.written.get(id(m))
+    return next((why for o in (m, m.weight, getattr(m, 'bias', None)) if (why := r.kept.get(id(o)))), None) or r.written.get(id(m))
 
 def _hooked(m): return 'its own hooks' if any(getattr(m, h, None) for h in _HOOKS) else None
 

@@ -129,7 +129,7 @@ def _name(f): return f.id if isinstance(f, ast.Name) else f.attr if isinstance(f
 class _FnWalk(ast.NodeVisitor):
     "One function under `_Reader`: `env` maps local names to the modules they may stand for, `up` a node to its parent"
     def __init__(self, reader, fn, env, up):
-        self.reader,self.fn,self.env,self.up,self.strs,self.returned,self.walked_into = reader,fn,env,up,{},[],set()
+        self.reader,self.fn,self.env,self.up,self.strs,self.returned,self.wide = reader,fn,env,up,{},[],set()   # wide: names that stand for all modules below one
         self.outer,self.tensors = _captured(fn),defaultdict(list)
         for k,o in self.outer.items():
             if k not in env and (o := _modules_in(o)) is not None: env[k] = [o]
@@ -141,9 +141,13 @@ class _FnWalk(ast.NodeVisitor):
         else: [self.visit(o) for o in tree.body]
 
     def _bind(self, o):
-        if isinstance(o, ast.Assign): [self._assign(t, o.value) for t in o.targets]
+        if isinstance(o, ast.Assign):
+            for t in o.targets: self._assign(t, o.value)
+            if _name(getattr(o.value, 'func', o.value)) in ('list','modules') and any(_name(c) == 'modules' for c in ast.walk(o.value)): self.wide |= _targets(o.targets[0])
         elif isinstance(o, (ast.NamedExpr, ast.AnnAssign)): self._assign(o.target, o.value) if o.value else None
-        elif not isinstance(o, ast.Call): self._add(o.target, self._iterated(o.iter))
+        elif not isinstance(o, ast.Call):
+            self._add(o.target, self._iterated(o.iter))
+            if any(_name(getattr(c, 'func', c)) in {'modules', 'named_modules', *self.wide} for c in ast.walk(o.iter)): self.wide |= _targets(o.target)
         elif _name(o.func) in ('append','add','insert','extend','appendleft') and isinstance(o.func, ast.Attribute) and isinstance(o.func.value, ast.Name):
             if (mods := [m for a in o.args for m in self.mods(a)]): self.env[o.func.value.id].append(mods)
 
@@ -161,6 +165,8 @@ class _FnWalk(ast.NodeVisitor):
             old = self.strs.get(t.id, set())
             self.strs[t.id] = None if texts is None or old is None else old | texts
 
+def _targets(e): return {n.id for n in ast.walk(e) if isinstance(n, ast.Name)}
+
 def _modules_in(o):
     "A module, or the list of those in a plain list, tuple or dict; None for anything else"
     if isinstance(o, nn.Module): return o
@@ -173,7 +179,9 @@ def mods(self:_FnWalk, e) -> list:
     "Modules (or lists of modules) that expression `e` may stand for"
     if isinstance(e, ast.Name): return self.env[e.id] if e.id in self.env else self._global(e)
     if isinstance(e, ast.Attribute): return self._attr(e.value, e.attr)
-    if isinstance(e, ast.Subscript): return [self._items(e.value)] if isinstance(e.slice, ast.Slice) else self._items(e.value)
+    if isinstance(e, ast.Subscript):
+        if (one := self._keyed(e)): return one
+        return [self._items(e.value)] if isinstance(e.slice, ast.Slice) else self._items(e.value)
     if isinstance(e, (ast.List, ast.Tuple, ast.Set)): return [[m for v in e.elts for m in self.mods(v)]]
     if isinstance(e, ast.Dict): return [[m for v in e.values for m in self.mods(v)]]
     if isinstance(e, (ast.ListComp, ast.SetComp, ast.GeneratorExp)): return [self.mods(e.elt)]
@@ -184,6 +192,16 @@ def mods(self:_FnWalk, e) -> list:
     if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add): return self.mods(e.left) + self.mods(e.right)
     if isinstance(e, ast.NamedExpr): return self.mods(e.value)
     return self._called(e) if isinstance(e, ast.Call) else []
+
+@patch
+def _keyed(self:_FnWalk, e):
+    "The children that `x[key]`, `x._modules[key]` stand for, where the key is written out"
+    key,x = getattr(e.slice, 'value', None),e.value
+    if isinstance(x, ast.Subscript) and getattr(x.slice, 'value', None) == '_modules':     # vars(x)['_modules'], x.__dict__['_modules']
+        x = x.value.value if isinstance(x.value, ast.Attribute) else x.value.args[0] if getattr(x.value, 'args', None) else x
+    elif isinstance(x, ast.Attribute) and x.attr == '_modules': x = x.value
+    own = [m for m in self.mods(x) if isinstance(m, nn.Module)]
+    return [m._modules[str(key)] for m in own if isinstance(key, (str, int)) and str(key) in m._modules]
 
 @patch
 def _global(self:_FnWalk, e):
@@ -207,10 +225,8 @@ def _called(self:_FnWalk, e):
         own = [m for m in self.mods(f.value) if isinstance(m, nn.Module)]
         if name == 'get_submodule': return [o for m in own for o in self._paths(m, e)]
         if name in ('children','named_children','values','items'): return [c for m in self.mods(f.value) for c in ([[*m.children()]] if isinstance(m, nn.Module) else [m])]
-        if name in ('modules','named_modules'):
-            self.walked_into |= {id(c) for m in own for c in _below(m)}
-            return [[*m.modules()] for m in own]
-        if name in ('get','pop'): return self._items(f.value)
+        if name in ('modules','named_modules'): return [[*m.modules()] for m in own]
+        if name in ('get','pop') and not own: return self._items(f.value)
     return [o for fn,first in self._callees(f) for o in self._into(e, fn, first)]
 
 @patch
@@ -313,14 +329,14 @@ def _keep(self:_FnWalk, layers, why):
     for m in layers: self.reader.kept.setdefault(id(m), f'forward {why} ({self.fn.__qualname__})')
 
 @patch
-def _mark(self:_FnWalk, e): self._reads(self._linears(e), 'weight')
+def _mark(self:_FnWalk, e): self._reads(self._linears(e), 'weight', e)
 
 @patch
-def _reads(self:_FnWalk, layers, attr):
+def _reads(self:_FnWalk, layers, attr, e=None):
     "`attr` of these layers is asked for: a pair has it, can offer it, gets it from the layer, or the layer has to stay"
     for m in layers:
         if attr in LINEAR_ATTRS:
-            if id(m) in self.walked_into: self._keep([m], 'looks into all of its modules')   # two layers more would be met
+            if isinstance(e, ast.Name) and e.id in self.wide: self._keep([m], 'looks into all of its modules')   # two layers more would be met
             else: self.reader.found.setdefault(id(m), self.fn.__qualname__)
         elif attr in ('__class__', '_get_name'): self._keep([m], 'asks for its class')
         elif attr in _INSIDE or attr not in _SAME and attr not in m.__dict__ and hasattr(m, attr): self._keep([m], f'uses its {attr}')
@@ -350,7 +366,7 @@ def visit_Attribute(self:_FnWalk, o):
     layers = [m for m in own if _looks_linear(m)]
     if o.attr in ('parameters','named_parameters','state_dict'):
         if not self._only_facts(self.up.get(o)): self._keep([c for m in own for c in _below(m)], 'goes through its parameters')
-    else: self._reads(layers, o.attr)
+    else: self._reads(layers, o.attr, o.value)
     for m in own:
         if m in layers: continue
         if isinstance(getattr(type(m), o.attr, None), property): self.reader.run(m, o.attr)
@@ -362,7 +378,7 @@ def visit_Attribute(self:_FnWalk, o):
 def _only_facts(self:_FnWalk, o):
     "Are the parameters that call `o` yields asked for nothing but dtype, device and the like?"
     p = self.up.get(o)
-    while (isinstance(p, ast.Call) and o in p.args and _name(p.func) in ('next','iter','list','tuple')
+    while (isinstance(p, ast.Call) and o in p.args and _name(p.func) in ('next','iter','list','tuple','chain')
            or isinstance(p, ast.Subscript) and p.value is o): o,p = p,self.up.get(p)
     if isinstance(p, ast.Attribute): return p.attr in _FACTS
     if not (isinstance(p, (ast.comprehension, ast.For)) and p.iter is o or isinstance(p, ast.Assign)): return False
@@ -438,7 +454,7 @@ def _asked(self:_FnWalk, o, name) -> bool:
         return True
     if name in ('getattr','hasattr') and len(o.args) > 1 and first:
         if (names := self._texts(o.args[1])) is None: self._keep(first, 'uses an attribute by a computed name')
-        for k in names or (): self._reads(first, k)
+        for k in names or (): self._reads(first, k, o.args[0])
         return True
     return False
 
@@ -475,6 +491,7 @@ def weight_readers(
     "Layers whose `weight`, `bias`, `in_features` or `out_features` the forward pass reads, instead of just calling them"
     return _walk(model).found
 
+_MODULE = frozenset(vars(nn.Module()))
 _CALLED = ('_forward_pre_hooks', '_forward_hooks')
 
 def _walk(model):
@@ -484,7 +501,7 @@ def _walk(model):
         if type(m).__module__ != 'torch.nn.modules.container': r.run(m)
         for h in [h for k in _CALLED for h in m.__dict__[k].values()]: r.follow(h, {0: [m]})
         for k,o in m.__dict__.items():
-            if not (k.startswith('_') and k in _SAME): _elsewhere(r, type(m).__name__, k, o)
+            if k not in _MODULE and not type(m).__module__.startswith('torch.'): _elsewhere(r, type(m).__name__, k, o)
     return r
 
 # %% ../../nbs/core/readers.ipynb #2958499e

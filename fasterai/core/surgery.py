@@ -6,7 +6,7 @@
 __all__ = ['copy_with']
 
 # %% ../../nbs/core/surgery.ipynb #7f6b2fec
-import copy, pickle
+import copy, pickle, types
 from collections.abc import Mapping
 import torch
 from torch import nn
@@ -71,6 +71,21 @@ def _copied(model, new, anew=()):
     for p in model.parameters():    # and it forgets attributes
         q = memo.get(id(p))
         if q is not None and q is not p and vars(p): q.__dict__.update(copy.deepcopy(vars(p), memo))
+    for m in model.modules():       # and copies no function
+        if (new_m := memo.get(id(m))) is None or new_m is m: continue
+        for d,nd in ((vars(m), vars(new_m)), (m._forward_hooks, new_m._forward_hooks), (m._forward_pre_hooks, new_m._forward_pre_hooks)):
+            for k,f in list(d.items()):
+                if isinstance(f, types.FunctionType) and nd.get(k) is f: nd[k] = _rebound(f, memo)
+    return res
+
+def _rebound(f, memo):
+    "Function `f` with the copies of what its closure holds of the model"
+    cells = [memo.get(id(c.cell_contents)) if c != types.CellType() else None for c in f.__closure__ or ()]
+    if all(o is None for o in cells): return f
+    closure = tuple(c if o is None else types.CellType(o) for c,o in zip(f.__closure__, cells))
+    res = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, closure)
+    res.__kwdefaults__,res.__qualname__ = f.__kwdefaults__,f.__qualname__
+    res.__dict__.update(f.__dict__)
     return res
 
 def _astray(model, res, new):
