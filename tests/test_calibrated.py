@@ -80,14 +80,17 @@ def expected(lin, pair, x, st):
     "Relative error of the output of `pair` to expect on new rows, if their covariance is what `seen` makes of the rows `x`"
     zero = torch.zeros(1, x.shape[-1], dtype=torch.float64)
     with torch.no_grad(): W,M = ((f(torch.eye(x.shape[-1], dtype=torch.float64)) - f(zero)).T for f in (copy.deepcopy(lin).double(), copy.deepcopy(pair).double()))
-    S = seen(st, x, getattr(lin, 'bias', None) is not None)
+    (mu,C),bias = moments(x),getattr(lin, 'bias', None) is not None
+    share = min(1, min(W.shape)/(len(x) - 1))
+    S = share*seen(st, x, bias) + (1-share)*(C if bias else C + torch.outer(mu, mu))
     return (cost(W, M, S)/cost(W, 0*W, S))**.5
 
 def energy_of(d, D, st, centred=True):
     "Expected square of the error `d` (N, m) of outputs that the change `D` (m, n) of a weight makes, on new rows"
-    n,mu,f = len(st.mean),d.mean(0),st.trust
+    n,mu,f,share = len(st.mean),d.mean(0),st.trust,min(1, min(D.shape)/(len(d) - 1))
     res = (1-st.shrink)*(d - mu).square().sum()/len(d) + (st.shrink+RIDGE)*st.trace/n*D.square().sum()
-    return (res if centred else res + f**2*mu.square().sum() + (1-f**2)*st.mean.square().sum()/n*D.square().sum()).item()
+    if not centred: res = res + f**2*mu.square().sum() + (1-f**2)*st.mean.square().sum()/n*D.square().sum()
+    return (share*res + (1-share)*((d - mu) if centred else d).square().sum()/len(d)).item()
 
 @contextmanager
 def taps(m, *names):
@@ -203,7 +206,7 @@ def test_a_loss_given_to_plan_is_the_one_given_to_calibrate(how):
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('how', [False, 'diag', 'full'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_predicted_error_is_that_of_the_shrunk_covariance(h, bias, how, dtype):
+def test_predicted_error_is_that_of_a_covariance_shrunk_less_for_more_rows(h, bias, how, dtype):
     m,x = net(h=h, bias=bias, dtype=dtype),rows(300, 12, dtype=dtype)
     first,st = planned(m, 1, list(x.split(64)), sensitivity=how, layers='0'),calibrate(m, x)['0']
     for k in (1, 3, 5, min(h, 12)-1):

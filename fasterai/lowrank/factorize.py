@@ -383,14 +383,16 @@ def _directions(W, st, S, solver):
 
 # %% ../../nbs/lowrank/factorize.ipynb #37206388
 def _shrunk(W, st, centred):
-    "What inputs are assumed to be on the smaller side, after few rows: covariance, or without bias second moments (m, m) or (n, n), shrunk"
+    "What new inputs are assumed to be on the smaller side, (m, m) or (n, n): covariance, or without bias second moments; for the factors, and for the prediction"
     dev,n,wide = _double(W[:0]).device,W.shape[1],W.shape[0] <= W.shape[1]
-    C,mean,white = st.cov.to(dev),st.mean.to(dev),(st.shrink+RIDGE)*(st.trace/n)
+    M,mean,white = st.cov.to(dev),st.mean.to(dev),(st.shrink+RIDGE)*(st.trace/n)
+    S = (1-st.shrink)*M
     if not centred:     # of the mean, what is not believed counts in all directions alike
         y,f = _times(W, mean) if wide else mean,st.trust
-        C,white = ((1-st.shrink)*C).addr(y, y, alpha=f*f),white + (1-f*f)*float(mean.square().sum())/n
-    else: C = (1-st.shrink)*C
-    return C + (white or 1.)*(gram(W) if wide else torch.eye(n, dtype=C.dtype, device=dev))
+        S,M,white = S.addr(y, y, alpha=f*f),M.addr(y, y),white + (1-f*f)*float(mean.square().sum())/n
+    S += (white or 1.)*(gram(W) if wide else torch.eye(n, dtype=S.dtype, device=dev))
+    share = min(1., len(S)/max(1, st.independent-1))    # many rows know even the smallest directions, which S makes too large
+    return S, share*S + (1-share)*M
 
 def _calibrated(W, st, centred, solver):
     wide = W.shape[0] <= W.shape[1]
@@ -399,15 +401,15 @@ def _calibrated(W, st, centred, solver):
         b = _calibrated(W, replace(st, sens=None), centred, solver)
         E = torch.cat([b.S.square().flip(0).cumsum(0).flip(0), b.S.new_zeros(1)])
         return replace(b, S=torch.zeros_like(b.S), errors=tuple((E/E[0].clamp(min=1e-300)).sqrt().tolist()), weighted=True)
-    S = _shrunk(W, st, centred)
+    S,P = _shrunk(W, st, centred)
     L,R,name = _directions(W, st, S, solver)
-    SR,errors = S @ R,None
+    PR,errors = P @ R,None
     if st.sens is not None:
-        T = (L.T @ (L if wide else gram(W) @ L))*(R.T @ SR)
+        T = (L.T @ (L if wide else gram(W) @ L))*(R.T @ PR)
         E = torch.cat([T.flip(0,1).cumsum(0).cumsum(1).diagonal().flip(0), T.new_zeros(1)]).clamp(min=0)
         errors = tuple((E/E[0].clamp(min=1e-300)).sqrt().tolist())
     mean = st.trust*st.mean.to(S.device) if centred and st.trust else None
-    return Basis(W, L, R, (R*SR).sum(0).clamp(min=0).sqrt().cpu(), name, mean, errors, st.sens is not None, _scale(W))
+    return Basis(W, L, R, (R*PR).sum(0).clamp(min=0).sqrt().cpu(), name, mean, errors, st.sens is not None, _scale(W))
 
 def shifted_bias(
     b: torch.Tensor,        # bias (m,) of the layer
