@@ -379,3 +379,8 @@ def test_a_layer_that_is_stored_with_others_stays(tmp_path, monkeypatch):
     assert close(small, m) and all(p.untyped_storage().nbytes() == p.nbytes for p in small.parameters())
     save_file(sd | {'model.layers.0.self_attn.qkv.weight': torch.ones(96, 31)}, tmp_path/'src/model.safetensors', {'format': 'pt'})
     with pytest.raises(ValueError, match=r"q_proj.weight' \(made of 'model.layers.0.self_attn.qkv.weight'\) has shape \(32, 31\)"): decompose_checkpoint(tmp_path/'src', tmp_path/'dst2', 1.)
+
+def test_a_decomposed_model_that_was_saved_is_not_decomposed_again(tmp_path):
+    m = hf('bert')
+    make_plan(m, .5, spectra=False).apply(m).save_pretrained(tmp_path/'src')
+    with pytest.raises(ValueError, match=r"\.1\.bias' in its place: was the model decomposed already\?"): decompose_checkpoint(tmp_path/'src', tmp_path/'dst', .5)

@@ -93,8 +93,9 @@ class _Job:
         self.sites,self.keys,self.why = _sites(self.net, self.seen, types)
         self.copy,left = _others(self.ck) if self.ck.path.is_dir() else ([], [])
         if left and world()[0] == 0: _warn_user(f'{dst} will not have {", ".join(left)}: only weights in safetensors are decomposed.')
-        if self.seen.packed and world()[0] == 0: _warn_user(f'{len(self.seen.packed)} layers ({_quoted(self.seen.packed)}) are stored in 8 or 4 bits '
-            'and stay as they are. load_decomposed cannot load them: to use it, dequantize the checkpoint first.')
+        if (n := len(self.seen.packed)) and world()[0] == 0: _warn_user(
+            f'{n} layers ({_quoted(self.seen.packed)}) are stored in 8 or 4 bits and stay as they are. load_decomposed cannot '
+            'load them: to use it, dequantize the checkpoint first.')
         self.left_out = _left_out(self.net, self.sites, layers, exclude, policy)
         self.stored = {n: self.ck.tensors[_key(ks[0], 'weight')] for n,ks in self.keys.items()}
 

@@ -110,11 +110,13 @@ class _Mix:
             f'transformers cannot make {self.first!r} of {_quoted([t.name for _,t in self.parts])}: {str(e).splitlines()[0]}') from None
         return {k: v[0] if isinstance(v, list) else v for k,v in res.items()}
 
-    def shapes(self): return {k: tuple(v.shape) for k,v in self.tensors(lambda t: torch.empty(t.shape, dtype=t.torch_dtype, device='meta')).items()}
+    def shapes(self):
+        def empty(t): return torch.empty(t.shape, dtype=t.torch_dtype, device='meta')
+        return {k: tuple(v.shape) for k,v in self.tensors(empty).items()}
 
 # %% ../../nbs/lowrank/names.ipynb #4808821f
 def _hf_names(net):
-    "How transformers renames and converts what it reads for `net`: name -> name, converter, its pattern; None for other models, and before version 5"
+    "How transformers 5 renames and converts what it reads for `net`: name -> name, converter, its pattern; None for other models"
     if find_spec('transformers') is None or not hasattr(net, 'base_model_prefix'): return None
     from transformers import PreTrainedModel
     if not isinstance(net, PreTrainedModel) or find_spec('transformers.conversion_mapping') is None: return None
@@ -191,6 +193,7 @@ def _groups(model):
 
 def _hint(name, known):
     "What else a tensor may be called"
+    if (pair := re.sub(r'(weight|bias)$', r'1.\1', name)) in known: return f' It has {pair!r} in its place: was the model decomposed already?'
     longer,shorter = [k for k in known if k.endswith(f'.{name}')],[k for k in known if name.endswith(f'.{k}')]
     if longer or shorter: return f' The checkpoint calls it {(longer or shorter)[0]!r}: pass the class that was saved.'
     close = get_close_matches(name, known, 2, 0.6)
@@ -209,7 +212,8 @@ def _check_match(
     more = [k for k in shapes if k not in want and not any(re.search(p, k) for p in pats)]
     if packed: more = [k for k in more if _packed_around(k, seen.packed) is None]
     else: _check_packed(want, seen, more)
-    if lost: raise ValueError(f'{seen.path} lacks {len(lost)} of {len(groups)} tensors of the model: {_some(lost)}.{_hint(min(lost), more, seen)}')
+    if lost: raise ValueError(
+        f'{seen.path} lacks {len(lost)} of {len(groups)} tensors of the model: {_some(lost)}.{_hint(min(lost), more, seen)}')
     for k,v in want.items():
         if k not in shapes or not isinstance(v, torch.Tensor) or tuple(v.shape) == shapes[k] or (packed and k in odd): continue
         made = f' (made of {_quoted([t.name for _,t in seen.mixed[k].parts])})' if k in seen.mixed else ''
@@ -254,7 +258,8 @@ def _architecture(model, ck, layers):
         return net, seen, count_params(net)
     if layers is not None:
         net = _from_names(ck.tensors, layers)
-        return net, _matched(ck.tensors, ck, lambda k: (k, None, None), net), sum(t.numel for t in ck.tensors.values() if t.torch_dtype in _FLOATS)
+        seen = _matched(ck.tensors, ck, lambda k: (k, None, None), net)
+        return net, seen, sum(t.numel for t in ck.tensors.values() if t.torch_dtype in _FLOATS)
     some = [k[:-7] for k,t in ck.tensors.items() if k.endswith('.weight') and len(t.shape) == 2][:3]
     raise ValueError(f'{ck.path} does not say which of its matrices are fully-connected layers: {why}. Pass model=, a function that builds the model, '
                      f'or layers=, names such as {", ".join(map(repr, some))} or wildcards.')
