@@ -3,7 +3,7 @@ import warnings
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fasterai.misc.all import *
-from fasterai.lowrank.plan import negligible, thin_layers
+from fasterai.lowrank.decide import negligible, thin_layers
 
 # ------------------------------------------------------------------ helpers
 

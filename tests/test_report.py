@@ -5,7 +5,8 @@ from fastai.vision.all import TensorImage
 from matplotlib.ticker import EngFormatter
 from torch import nn
 from fasterai.core.modules import count_params, is_pair
-from fasterai.lowrank.plan import DecompositionPlan, make_plan
+from fasterai.lowrank.decide import make_plan
+from fasterai.lowrank.plan import DecompositionPlan
 from fasterai.lowrank.ranks import ParamBudget
 from fasterai.lowrank.report import ModelComparison, compare_models, plot_spectra, plot_tradeoff
 

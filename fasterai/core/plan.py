@@ -44,8 +44,8 @@ class Row(ABC):
 
 # %% ../../nbs/core/plan.ipynb #9f1c87a6
 @dataclass(frozen=True)
-class Plan(ABC):
-    "What happens to each unit of a model"
+class Plan:
+    "What happens to each unit of a model; a method adds `row`, `columns`, `params_after`, `apply` and `skeleton`"
     layers: tuple[Row,...]            # one row per unit, in the order of `model.named_modules()`
     policy: str = ''                  # how it was chosen
     params: int = 0                   # parameters of the whole model before
@@ -63,14 +63,6 @@ class Plan(ABC):
     def skipped(self) -> list[Row]:
         "The rows that are left alone"
         return [o for o in self.layers if not o.changed]
-    @property
-    @abstractmethod
-    def params_after(self) -> int: "Parameters of the whole model after `apply`"
-    @abstractmethod
-    def apply(self, model: nn.Module) -> nn.Module: "A new model in which the plan is carried out; `model` is left unchanged"
-    @abstractmethod
-    def skeleton(self, model: nn.Module) -> nn.Module: "A copy of `model` with the structure that `apply` gives it, for `load_state_dict`"
-
     def __len__(self): return len(self.layers)
     def __getitem__(self, name: str) -> Row:
         "The row of unit `name`"

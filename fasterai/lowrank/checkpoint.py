@@ -17,7 +17,9 @@ from ..core.files import _open, _quoted
 from ..core.modules import _Detached, _span, _warn_user, find_linears
 from ..core.calibrate import Calibration
 from .names import _architecture, _build, _check_match, _from_config, _groups, _key, _matched, _renamer, _sites
-from .plan import DecompositionPlan, _check_finite, _check_round_to, _decide, _left_out, _notes, _row_of, _spectrum, _warn
+from .decide import _check_round_to, _decide, _left_out, _notes, _row_of, _warn
+from .plan import DecompositionPlan
+from .solve import _check_finite, _spectrum
 from .ranks import mk_policy
 from .shards import _finish, _holding, _Look, _Meter, _others, _PLAN, _pieces, _Run, _svd_cost, _target, _write_shard
 

@@ -26,7 +26,8 @@ from ..core.distributed import world
 from ..core.files import _umask
 from ..core.modules import count_params
 from .checkpoint import decompose_checkpoint
-from .plan import DecompositionPlan, make_plan
+from .decide import make_plan
+from .plan import DecompositionPlan
 from .ranks import ParamBudget
 from ..misc.fc_decomposer import FC_Decomposer
 

@@ -22,7 +22,8 @@ from ..misc.fc_decomposer import FC_Decomposer
 from ..core.calibrate import Calibration
 from .factorize import spectrum
 from ..core.latency import LatencyTable
-from .plan import DecompositionPlan, LayerPlan, make_plan
+from .decide import make_plan
+from .plan import DecompositionPlan, LayerPlan
 from .ranks import FixedRank, Policy, RankRatio, mk_policy
 from .search import RATIOS, RankSuggestion, rank_find
 from ..core.learner import _Kept, _check_now, _decomposed, _dense_of, _kept, _running, _swap

@@ -22,7 +22,8 @@ from ..core.modules import _double, count_params, is_pair
 from ..core.batches import _Bar, _rng_kept, Batches, left_as_found
 from ..core.calibrate import _Collector, _Moments, _hooked, _outputs, _rows
 from ..core.latency import _latencies
-from .plan import DecompositionPlan, make_plan
+from .decide import make_plan
+from .plan import DecompositionPlan
 
 # %% ../../nbs/lowrank/report.ipynb #ce75d22f
 def _megabytes(model):

@@ -16,7 +16,8 @@ from torch import nn
 from ..core.batches import _Bar
 from ..core.modules import _warn_user
 from ..core.latency import LatencyTable
-from .plan import DecompositionPlan, make_plan
+from .decide import make_plan
+from .plan import DecompositionPlan
 from .ranks import ParamBudget
 from .report import plot_tradeoff
 

@@ -18,7 +18,8 @@ from ..core.distributed import world
 from ..core.files import _Checkpoint, _header, _Stored
 from ..core.modules import _is_conv1d, LinearSite
 from .names import _key
-from .plan import DecompositionPlan, LayerPlan, _check_finite, _empty, _mk
+from .plan import DecompositionPlan, LayerPlan
+from .solve import _check_finite, _empty, _mk
 
 # %% ../../nbs/lowrank/shards.ipynb #d2e65e5a
 try: import fcntl

@@ -10,7 +10,10 @@ from fasterai.core.calibrate import *
 from fasterai.lowrank.factorize import *
 from fasterai.core.latency import *
 from fasterai.lowrank.ranks import *
+from fasterai.core.plan import *
+from fasterai.lowrank.solve import *
 from fasterai.lowrank.plan import *
+from fasterai.lowrank.decide import *
 from fasterai.misc.fc_decomposer import *
 from fasterai.lowrank.report import *
 from fasterai.lowrank.search import *

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _short
 from ..lowrank.factorize import Solver
-from ..lowrank.plan import DecompositionPlan, make_plan
+from ..lowrank.decide import make_plan
+from ..lowrank.plan import DecompositionPlan
 from ..lowrank.ranks import Policy, RankRatio, mk_policy
 
 # %% ../../nbs/misc/fc_decomposer.ipynb #efd71fc0
