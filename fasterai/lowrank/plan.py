@@ -310,7 +310,9 @@ def _remarks(row, s, zero, stats):
         if st.few: remark.append(f'seen on {_rows_of(st)} for {row.in_features:,} inputs: close to plain SVD')
     return remark
 
-def _not_finite(bad, total): return f'{bad:,} of {total:,} row{"s"[:total != 1]} {"is" if bad == 1 else "are"} not finite and {"was" if bad == 1 else "were"} left out'
+def _not_finite(bad, total):
+    be,was = ('is', 'was') if bad == 1 else ('are', 'were')
+    return f'{bad:,} of {total:,} row{"s"[:total != 1]} {be} not finite and {was} left out'
 
 def _rows_of(st): return f'{st.rows:,} row{"s"[:st.rows != 1]}' + (f' ({st.distinct:,} different)' if st.distinct else '')
 
@@ -336,8 +338,8 @@ def thin_layers(
     plan: DecompositionPlan,
 ) -> list[LayerPlan]:
     "The `negligible` rows of a plan, cheapest first, as long as all of them together save next to nothing"
-    rows,left,res = sorted((o for o in plan.replaced if negligible(o, plan.params)), key=lambda o: o.weight_params - o.params_after),NEXT_TO*plan.params,[]
-    for o in rows:
+    rows,left,res = [o for o in plan.replaced if negligible(o, plan.params)],NEXT_TO*plan.params,[]
+    for o in sorted(rows, key=lambda o: o.weight_params - o.params_after):
         left -= max(0, o.weight_params - o.params_after)
         if left < 0: break
         res.append(o)
@@ -345,7 +347,7 @@ def thin_layers(
 
 # %% ../../nbs/lowrank/plan.ipynb #9ec283d9
 def _warn(plan, stats, asked):
-    "Say what a user would not expect: layers that grow, that lose much for little, few or bad data, nothing to do, or a layer named by the user that has to stay dense"
+    "Say what a user would not expect: layers that grow or lose much for little, few or bad data, nothing to do, a layer named by the user that has to stay"
     grown = [o for o in plan.replaced if o.params_after > o.weight_params]
     if grown:
         some = ', '.join(o.name or '(the model)' for o in grown[:3]) + (', …' if len(grown) > 3 else '')
