@@ -383,7 +383,7 @@ def _directions(W, st, S, solver):
 
 # %% ../../nbs/lowrank/factorize.ipynb #37206388
 def _shrunk(W, st, centred):
-    "What new inputs are assumed to be on the smaller side, (m, m) or (n, n): covariance, or without bias second moments; for the factors, and for the prediction"
+    "Covariance of new inputs on the smaller side, or without bias second moments, as the factors assume it and as the prediction does"
     dev,n,wide = _double(W[:0]).device,W.shape[1],W.shape[0] <= W.shape[1]
     M,mean,white = st.cov.to(dev),st.mean.to(dev),(st.shrink+RIDGE)*(st.trace/n)
     S = (1-st.shrink)*M
