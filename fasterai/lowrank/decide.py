@@ -162,7 +162,9 @@ def _remarks(row, s, zero, stats):
         if st.few: remark.append(f'seen on {_rows_of(st)} for {row.in_features:,} inputs: close to plain SVD')
     return remark
 
-def _not_finite(bad, total): return f'{bad:,} of {total:,} row{"s"[:total != 1]} {"is" if bad == 1 else "are"} not finite and {"was" if bad == 1 else "were"} left out'
+def _not_finite(bad, total):
+    be,was = ('is', 'was') if bad == 1 else ('are', 'were')
+    return f'{bad:,} of {total:,} row{"s"[:total != 1]} {be} not finite and {was} left out'
 
 def _rows_of(st): return f'{st.rows:,} row{"s"[:st.rows != 1]}' + (f' ({st.distinct:,} different)' if st.distinct else '')
 
@@ -183,8 +185,8 @@ def thin_layers(
     plan: DecompositionPlan,
 ) -> list[LayerPlan]:
     "The `negligible` rows of a plan, cheapest first, as long as all of them together save next to nothing"
-    rows,left,res = sorted((o for o in plan.replaced if negligible(o, plan.params)), key=lambda o: o.weight_params - o.params_after),NEXT_TO*plan.params,[]
-    for o in rows:
+    rows,left,res = [o for o in plan.replaced if negligible(o, plan.params)],NEXT_TO*plan.params,[]
+    for o in sorted(rows, key=lambda o: o.weight_params - o.params_after):
         left -= max(0, o.weight_params - o.params_after)
         if left < 0: break
         res.append(o)
@@ -192,7 +194,7 @@ def thin_layers(
 
 # %% ../../nbs/lowrank/decide.ipynb #9ec283d9
 def _warn(plan, stats, asked):
-    "Say what a user would not expect: layers that grow, that lose much for little, few or bad data, nothing to do, or a layer named by the user that has to stay dense"
+    "Say what a user would not expect: layers that grow or lose much for little, few or bad data, nothing to do, a layer named by the user that has to stay"
     grown = [o for o in plan.replaced if o.params_after > o.weight_params]
     if grown:
         some = ', '.join(o.name or '(the model)' for o in grown[:3]) + (', …' if len(grown) > 3 else '')
@@ -216,6 +218,7 @@ def _warn_thin(plan, asked, grown):
     saved,names = sum(o.weight_params - o.params_after for o in rows),[o.name for o in rows]
     _warn_user(f'{len(rows)} of {len(plan.replaced)} layers lose{"s" if len(rows) == 1 else ""} much to save {saved:,} parameters, {saved/plan.params:.1%} of the model '
         f'({some}). To keep {"it" if len(rows) == 1 else "them"} dense use exclude={(names[0] if len(names) == 1 else names)!r}.')
+
 def _warn_data(plan, stats):
     "Say where the data are too few, or not finite"
     seen = [(o, st) for o in plan.replaced if (st := stats.get(o.name)) is not None]
@@ -228,4 +231,3 @@ def _warn_data(plan, stats):
     if bad[0]: _warn_user(f'{_not_finite(*bad)}: the data have NaN or Inf there, or the model overflows on them.')
     none = [n for n,why in stats.missing.items() if 'finite' in why]
     if none: _warn_user(f'{len(none)} layers got no finite row of data and have plain SVD: {", ".join(none[:3])}{", …" if len(none) > 3 else ""}.')
-
