@@ -191,14 +191,6 @@ def _groups(model):
         if isinstance(v, torch.Tensor): res.setdefault((*_span(v), tuple(v.shape)), []).append(k)
     return list(res.values())
 
-def _hint(name, known):
-    "What else a tensor may be called"
-    if (pair := re.sub(r'(weight|bias)$', r'1.\1', name)) in known: return f' It has {pair!r} in its place: was the model decomposed already?'
-    longer,shorter = [k for k in known if k.endswith(f'.{name}')],[k for k in known if name.endswith(f'.{k}')]
-    if longer or shorter: return f' The checkpoint calls it {(longer or shorter)[0]!r}: pass the class that was saved.'
-    close = get_close_matches(name, known, 2, 0.6)
-    return f' Closest: {", ".join(map(repr, close))}.' if close else ''
-
 # %% ../../nbs/lowrank/names.ipynb #e6ab3e57
 def _check_match(
     model: nn.Module,
@@ -239,6 +231,7 @@ def _ignored(model):
 
 def _hint(name, known, seen):
     "What else a tensor may be called"
+    if (pair := re.sub(r'(weight|bias)$', r'1.\1', name)) in known: return f' It has {pair!r} in its place: was the model decomposed already?'
     longer,shorter = [k for k in known if k.endswith(f'.{name}')],[k for k in known if name.endswith(f'.{k}')]
     if longer or shorter: return f' The checkpoint calls it {(longer or shorter)[0]!r}: pass the class that was saved.'
     close = get_close_matches(name, known, 2, 0.6)
