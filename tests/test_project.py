@@ -60,7 +60,7 @@ def test_no_two_rooms_export_the_same_name():
         for n in importlib.import_module(dotted(p)).__all__: assert seen.setdefault(n, p) == p
 
 def test_data_flows_one_way():
-    order = ['core.modules', 'core.batches', 'core.distributed', 'core.budget', 'lowrank.calibrate', 'lowrank.factorize', 'lowrank.latency', 'lowrank.ranks', 'lowrank.plan', 'misc.fc_decomposer',
+    order = ['core.modules', 'core.batches', 'core.distributed', 'core.budget', 'core.convs', 'lowrank.calibrate', 'core.moments', 'core.inputs', 'lowrank.factorize', 'lowrank.latency', 'lowrank.ranks', 'lowrank.plan', 'misc.fc_decomposer',
              'lowrank.report', 'lowrank.learner', 'lowrank.checkpoint', 'lowrank.cli']
     for p in generated:
         room = dotted(p).removeprefix('fasterai.')
