@@ -223,6 +223,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai/core/moments.py'),
                                        'fasterai.core.moments._Blocks._outer': ( 'core/moments.html#_blocks._outer',
                                                                                  'fasterai/core/moments.py'),
+                                       'fasterai.core.moments._Blocks._product': ( 'core/moments.html#_blocks._product',
+                                                                                   'fasterai/core/moments.py'),
                                        'fasterai.core.moments._Blocks.about': ( 'core/moments.html#_blocks.about',
                                                                                 'fasterai/core/moments.py'),
                                        'fasterai.core.moments._Blocks.add': ('core/moments.html#_blocks.add', 'fasterai/core/moments.py'),

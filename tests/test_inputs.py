@@ -23,7 +23,8 @@ def close(a, b, tol=1e-10): torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 def seen(model, name, data, what='input'):
     "What a plain hook sees of a layer, one tensor per call"
     res = []
-    h = model.get_submodule(name).register_forward_hook(lambda m, a, y: res.append((a[0] if what == 'input' else y).detach().double().clone()))
+    def hook(m, a, y): res.append((a[0] if what == 'input' else y).detach().double().clone())
+    h = model.get_submodule(name).register_forward_hook(hook)
     with torch.no_grad(): [model(**b) if isinstance(b, dict) else model(b) for b in (data if isinstance(data, list) else [data])]
     h.remove()
     return res
@@ -94,6 +95,19 @@ def test_weights_that_are_read():
         eye.out_proj.bias.zero_()
         check(ins['self_attn.out_proj'], eye(x, x, x)[0].flatten(0, 1), tol=1e-8)
 
+def test_under_autocast():
+    net = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 4), nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 2, 1)).eval()
+    data = [randn(7, 8, seed=i, dtype=torch.float32) + 5 for i in range(4)]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        ins,x,y = collect_inputs(net, data),seen(net, '1', data),seen(net, '3', data)
+    assert x[0].bfloat16().double().equal(x[0])      # layers after the first get bfloat16
+    check(ins['1'], torch.cat(x), tol=1e-5)
+    check(ins['3'], torch.cat(y).movedim(1, -1).flatten(0, 1), tol=1e-5)
+
+def test_inputs_that_overflow_are_named():
+    net = nn.Sequential(nn.Linear(3, 2)).double()
+    assert collect_inputs(net, randn(5, 3)*1e200).missing == {'0': 'its inputs overflow'}
+
 # ------------------------------------------------------------------ masks, non-finite rows, layers that are not reached
 
 class Tokens(nn.Module):
@@ -119,7 +133,8 @@ def test_padding_may_be_non_finite():
     assert st.dropped == 0
 
 def test_rows_that_are_not_finite_are_dropped_and_counted():
-    net,x = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3, bias=False), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(4, 2))).double(),randn(3, 3, 5, 6)
+    layers = dict(conv=nn.Conv2d(3, 4, 3, bias=False), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(4, 2))
+    net,x = nn.Sequential(OrderedDict(layers)).double(),randn(3, 3, 5, 6)
     x[1,2,0,0],x[1,0,4,5] = torch.nan,torch.inf
     pixels = x.movedim(1, -1).flatten(0, 2)
     ins = collect_inputs(net, x, outputs='full', sensitivity='full')
@@ -135,12 +150,18 @@ def test_rows_that_are_not_finite_are_dropped_and_counted():
 # ------------------------------------------------------------------ convolutions
 
 CONVS = dict(
-    plain=(nn.Conv2d(4, 6, 3), (2, 4, 7, 6)), uneven=(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)), (2, 4, 9, 8)),
-    groups=(nn.Conv2d(6, 4, 3, groups=2, padding=1), (2, 6, 5, 5)), depthwise=(nn.Conv2d(5, 10, 3, groups=5), (3, 5, 6, 6)),
-    pointwise=(nn.Conv2d(4, 3, 1, stride=2), (2, 4, 5, 5)), same=(nn.Conv2d(3, 2, (4, 3), padding='same', dilation=(1, 2)), (2, 3, 6, 6)),
-    reflect=(nn.Conv2d(3, 2, 3, padding=(2, 1), padding_mode='reflect'), (2, 3, 6, 5)), circular=(nn.Conv2d(3, 2, 3, padding=1, padding_mode='circular'), (2, 3, 6, 5)),
-    replicate=(nn.Conv2d(3, 2, 3, padding='same', padding_mode='replicate'), (2, 3, 6, 5)), one=(nn.Conv1d(4, 4, 5, stride=2, padding=2, groups=2), (3, 4, 11)),
-    three=(nn.Conv3d(2, 3, (2, 3, 1), padding=(1, 0, 2), stride=(1, 2, 2)), (2, 2, 4, 5, 3)), no_batch=(nn.Conv2d(3, 2, 3), (3, 6, 5)))
+    plain=(nn.Conv2d(4, 6, 3), (2, 4, 7, 6)),
+    uneven=(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)), (2, 4, 9, 8)),
+    groups=(nn.Conv2d(6, 4, 3, groups=2, padding=1), (2, 6, 5, 5)),
+    depthwise=(nn.Conv2d(5, 10, 3, groups=5), (3, 5, 6, 6)),
+    pointwise=(nn.Conv2d(4, 3, 1, stride=2), (2, 4, 5, 5)),
+    same=(nn.Conv2d(3, 2, (4, 3), padding='same', dilation=(1, 2)), (2, 3, 6, 6)),
+    reflect=(nn.Conv2d(3, 2, 3, padding=(2, 1), padding_mode='reflect'), (2, 3, 6, 5)),
+    circular=(nn.Conv2d(3, 2, 3, padding=1, padding_mode='circular'), (2, 3, 6, 5)),
+    replicate=(nn.Conv2d(3, 2, 3, padding='same', padding_mode='replicate'), (2, 3, 6, 5)),
+    one=(nn.Conv1d(4, 4, 5, stride=2, padding=2, groups=2), (3, 4, 11)),
+    three=(nn.Conv3d(2, 3, (2, 3, 1), padding=(1, 0, 2), stride=(1, 2, 2)), (2, 2, 4, 5, 3)),
+    no_batch=(nn.Conv2d(3, 2, 3), (3, 6, 5)))
 
 def brute_patches(m, x):
     "Rows of patches (N, in·kernel) by a loop over output pixels"
@@ -175,12 +196,28 @@ def test_patches_are_those_of_unfold(name):
     [s] = find_convs(m)
     close(conv_patches(s, x).flatten(3).flatten(1, 2), want)
 
+@pytest.mark.parametrize('room', [2**22, 2000, 300, 1])
+def test_slices_of_patches_are_small_and_cover_all(room, monkeypatch):
+    monkeypatch.setattr(convs, '_PATCH_ROOM', room)
+    m,shape = CONVS['plain']
+    t = conv_patches(find_convs(m)[0], randn(*shape))
+    cover,line = torch.zeros(t.shape[:2]),t[0,0].numel()
+    for i,j in convs._patch_slices(t, 2):
+        cover[i,j] += 1
+        assert t[i,j].numel() <= max(room, line)
+    assert (cover == 1).all()
+
+def test_weight_of_a_transposed_convolution_multiplies_pixels():
+    m,x = nn.ConvTranspose2d(4, 3, 3, stride=2, bias=False).double(),randn(2, 4, 5, 6)
+    close(F.fold(find_convs(m)[0].weight @ x.flatten(2), m(x).shape[2:], 3, stride=2), m(x).detach())
+
 def test_large_groups_are_cut_into_blocks():
     net,x = nn.Sequential(nn.Conv2d(6, 4, 3, groups=2)).double(),randn(2, 6, 6, 6)
     check(collect_inputs(net, x, patches=True, block=10)['0'], F.unfold(x, 3).transpose(1, 2).flatten(0, 1), (10, 10, 7)*2)
 
 @pytest.mark.parametrize('m,shape', [CONVS['groups'], CONVS['one'], CONVS['three'], CONVS['no_batch'],
-    (nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5)), (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 3)), (nn.ConvTranspose3d(4, 2, 2), (2, 4, 2, 3, 2))])
+    (nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5)),
+    (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 3)), (nn.ConvTranspose3d(4, 2, 2), (2, 4, 2, 3, 2))])
 @pytest.mark.parametrize('channels_last', [False, True])
 def test_channels(m, shape, channels_last):
     net,x = nn.Sequential(copy.deepcopy(m).double()),randn(*shape)
@@ -225,7 +262,8 @@ def test_sensitivity_of_linear_layers_is_that_of_calibrate():
 
 def test_sensitivity_through_activations_in_place():
     "Random state, weights and flags as before; the layer before an in-place ReLU is measured"
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4*4, 2)).double()
+    acts = [nn.ReLU(inplace=True) for _ in range(2)]
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), acts[0], nn.Conv2d(4, 4, 3), acts[1], nn.Flatten(), nn.Linear(4*4, 2)).double()
     plain,x = copy.deepcopy(net),randn(5, 3, 6, 6)
     for i in (1, 3): plain[i] = nn.ReLU()
     before,rng = copy.deepcopy(net.state_dict()),torch.get_rng_state()
@@ -303,31 +341,37 @@ def test_hooks_are_removed_after_an_error(error):
 
 def test_any_form_of_data():
     net,x = nn.Sequential(nn.Linear(4, 3)).double(),randn(6, 4)
-    for data in (x, (x, torch.zeros(6)), [x[:4], x[4:]], iter([x[:1], x[1:]]), torch.utils.data.DataLoader(x, 4), lambda m: m(x), x.numpy()): check(collect_inputs(net, data)['0'], x)
+    forms = x, (x, torch.zeros(6)), [x[:4], x[4:]], iter([x[:1], x[1:]]), torch.utils.data.DataLoader(x, 4), lambda m: m(x), x.numpy()
+    for data in forms: check(collect_inputs(net, data)['0'], x)
     check(collect_inputs(net, [x, x], n_batches=1)['0'], x)
     with pytest.raises(ValueError, match='data has no batches'): collect_inputs(net, [])
 
 # ------------------------------------------------------------------ which layers
 
 def test_layers_that_are_left_alone_say_why():
-    net = nn.Sequential(OrderedDict(a=nn.Conv2d(3, 3, 1), b=nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), c=nn.Conv2d(3, 3, 1), d=nn.Conv2d(3, 3, 1)))
+    net = nn.Sequential(OrderedDict((n, nn.Conv2d(3, 3, 1)) for n in 'abcd'))
+    nn.utils.parametrizations.weight_norm(net.b)
     net.d.weight = net.c.weight
     ins = collect_inputs(net, torch.randn(2, 3, 4, 4), layers='*')
     assert list(ins) == ['a'] and ins.missing['c'] == 'tied with d.weight' and ins.missing['b'].startswith('parametrized')
     class Odd(nn.Conv2d): pass
-    net = nn.Sequential(Odd(3, 3, 1), nn.LazyConv2d(3, 1), qat.Conv2d(3, 3, 1, qconfig=torch.ao.quantization.get_default_qat_qconfig('x86')))
+    aware = qat.Conv2d(3, 3, 1, qconfig=torch.ao.quantization.get_default_qat_qconfig('x86'))
+    net = nn.Sequential(Odd(3, 3, 1), nn.LazyConv2d(3, 1), aware)
     odd,lazy,quant = (s.reason for s in find_convs(net))
-    assert odd == 'Odd is a subclass of nn.Conv2d; pass types=(Odd,) if it computes the same' and lazy.startswith('not initialized') and 'quantized' in quant
+    assert odd == 'Odd is a subclass of nn.Conv2d; pass types=(Odd,) if it computes the same'
+    assert lazy.startswith('not initialized') and 'quantized' in quant
     assert find_convs(net, types=[Odd])[0].reason is None
     assert list(collect_inputs(net[:1], torch.randn(2, 3, 4, 4), types=[Odd])) == ['0']
 
 def test_names():
     net = nn.Sequential(OrderedDict(body=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), flat=nn.Flatten(), head=nn.Linear(4, 2)))
     x = torch.randn(2, 3, 5, 5)
-    assert list(collect_inputs(net, x, layers='body')) == ['body.0', 'body.1'] and list(collect_inputs(net, x)) == ['head', 'body.0', 'body.1']
-    assert {n: o.kind for n,o in collect_inputs(net, x, patches='body.1').items()} == {'head': 'features', 'body.0': 'channels', 'body.1': 'patches'}
+    assert list(collect_inputs(net, x, layers='body')) == ['body.0', 'body.1']
+    kinds = {n: o.kind for n,o in collect_inputs(net, x, patches='body.1').items()}
+    assert kinds == {'head': 'features', 'body.0': 'channels', 'body.1': 'patches'}
     for kw,text in ((dict(layers='bdy'), "no layer matches layers='bdy'"), (dict(patches='head'), "no layer matches patches='head'"),
-                    (dict(outputs='all'), "outputs must be 'full', 'diag' or None, got 'all'"), (dict(block=0), 'block must be an int of at least 1, got 0')):
+                    (dict(outputs='all'), "outputs must be 'full', 'diag' or None, got 'all'"),
+                    (dict(block=0), 'block must be an int of at least 1, got 0')):
         with pytest.raises(ValueError, match=text): collect_inputs(net, x, **kw)
     with pytest.raises(ValueError, match='the model has no convolution'): collect_inputs(net.head, torch.randn(2, 4), patches=True)
 
@@ -343,12 +387,14 @@ def test_save_and_load(tmp_path):
             (back.sens[n], ins.sens[n]), (back.outputs[n].cov, ins.outputs[n].cov)))
     with pytest.raises(FileExistsError): ins.save(tmp_path/'a.safetensors')
     calibrate(net, data).save(tmp_path/'b.safetensors')
-    with pytest.raises(ValueError, match="holds no moments of inputs: its type is 'fasterai.Calibration'"): Inputs.load(tmp_path/'b.safetensors')
+    with pytest.raises(ValueError, match="holds no moments of inputs: its type is 'fasterai.Calibration'"):
+        Inputs.load(tmp_path/'b.safetensors')
     (tmp_path/'c').write_text(json.dumps({}))
     with pytest.raises(ValueError, match='is not a readable file of moments'): Inputs.load(tmp_path/'c')
 
 def test_shared_tensors_are_in_the_file_once(tmp_path):
-    net = hf.BertModel(hf.BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9), add_pooling_layer=False).eval()
+    cfg = hf.BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    net = hf.BertModel(cfg, add_pooling_layer=False).eval()
     ins = collect_inputs(net, [dict(input_ids=torch.arange(8)[None])], layers='*attention.self')
     assert len(ins) == 3 and ins.save(tmp_path/'a').stat().st_size < 2*64*64*8
 

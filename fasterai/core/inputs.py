@@ -23,13 +23,14 @@ from .convs import ConvSite, _features_last, _patch_slices, conv_patches, find_c
 from .distributed import agreed, gathered, world
 from .modules import _atomic, find_linears, select
 from .moments import BLOCK, Moments, _Blocks, _joined, _pool_blocks, block_sizes
-from ..lowrank.calibrate import MAX_DENSE_SENS, Calibration, Sensitivity, _Collector, _Gradients, _exact_products, _hooked, _rows, _sens
+from fasterai.lowrank.calibrate import (MAX_DENSE_SENS, Calibration, Sensitivity, _Collector, _Gradients, _exact_products, _hooked, _rows,
+    _sens)
 
 # %% ../../nbs/core/inputs.ipynb #6eb2dd78
 class Inputs(Mapping):
     "Moments of the inputs of all layers that were reached: name -> `Moments`; layers with the same inputs have the same tensors"
-    def __init__(self, layers: Mapping[str,Moments], *, outputs: Mapping[str,Moments]|None = None, sens: Mapping[str,torch.Tensor]|None = None,
-                 batches: int = 0, missing: Mapping[str,str]|None = None):
+    def __init__(self, layers: Mapping[str,Moments], *, outputs: Mapping[str,Moments]|None = None,
+                 sens: Mapping[str,torch.Tensor]|None = None, batches: int = 0, missing: Mapping[str,str]|None = None):
         self.layers,self.outputs,self.sens = dict(layers),dict(outputs or {}),dict(sens or {})
         self.batches,self.missing = batches,dict(missing or {})
     def __getitem__(self, name: str) -> Moments: return self.layers[name]
@@ -39,8 +40,8 @@ class Inputs(Mapping):
         "One row per layer"
         first = {}
         for n,o in self.items(): first.setdefault(id(o.cov), n)
-        return pd.DataFrame([dict(layer=n or '(the model)', kind=o.kind, rows=o.rows, dropped=o.dropped, features=len(o.mean), blocks=len(o.sizes),
-            shrinkage=o.shrink, shared='' if first[id(o.cov)] == n else first[id(o.cov)]) for n,o in self.items()],
+        return pd.DataFrame([dict(layer=n or '(the model)', kind=o.kind, rows=o.rows, dropped=o.dropped, features=len(o.mean),
+            blocks=len(o.sizes), shrinkage=o.shrink, shared='' if (f := first[id(o.cov)]) == n else f) for n,o in self.items()],
             columns='layer kind rows dropped features blocks shrinkage shared'.split())
     title,__repr__,_repr_html_ = Calibration.title,Calibration.__repr__,Calibration._repr_html_
 
@@ -57,10 +58,12 @@ class _Open:
     dropped: int = 0
     names: tuple[str,...] = ()
 
-    def takes(self, s, x, version, view):
-        return version is not None and self.version == version and self.view == view and self.ref() is x and s.name not in self.names
-    def over(self): return self.version is None or (x := self.ref()) is None or x._version != self.version
+    def takes(self, s, x, version, view, mask):
+        same = self.version is not None and self.version == version and self.view == view and self.ref() is x and self.mask is mask
+        return same and s.name not in self.names
+    def over(self) -> bool: return self.version is None or (x := self.ref()) is None or x._version != self.version
 
+# %% ../../nbs/core/inputs.ipynb #9dbcc31f
 class InputCollector(_Collector):
     "Sums of the inputs of layers while the model runs: its methods are called by hooks"
     def __init__(self, 
@@ -96,7 +99,7 @@ def see(self:InputCollector, s, x, y):
     "Layer `s` turned `x` into `y`"
     self.settle()
     version,view = None if x.is_inference() else x._version,self.views[s.name]
-    e = next((e for e in self.open if e.takes(s, x, version, view)), None)
+    e = next((e for e in self.open if e.takes(s, x, version, view, self.mask)), None)
     if e is None: self.open.append(e := self._begin(s, x, version, view))
     e.names += (s.name,)
     if not (self.wanted or self.sensitivity): return
@@ -104,8 +107,9 @@ def see(self:InputCollector, s, x, y):
     keep = self._keep(y, None)
     self.last = None,None,keep      # rows of the gradient at `y` that count
     if not self.wanted: return
-    if s.name not in self.outs: self.outs[s.name] = _Blocks(block_sizes(s.out_features, block=self.block) if self.wanted == 'full' else (1,)*s.out_features)
-    with _exact_products(y.device): self.outs[s.name].add(_owned(y, keep))
+    m = s.out_features
+    if s.name not in self.outs: self.outs[s.name] = _Blocks(block_sizes(m, block=self.block) if self.wanted == 'full' else (1,)*m)
+    self.outs[s.name].add(_owned(y, keep))
 
 def _owned(t, keep):
     "Rows of `t` that the model will not change"
@@ -139,9 +143,8 @@ def commit(self:InputCollector):
 def _count(self:InputCollector, e):
     key = e.view,frozenset(e.names)
     if key not in self.blocks: self.blocks[key] = _Blocks(_sizes(e.site, e.view, self.block))
-    with _exact_products(e.rows.device):
-        if e.view[0] == 'patches': self._count_patches(e, self.blocks[key])
-        else: self.blocks[key].add(e.rows)
+    if e.view[0] == 'patches': self._count_patches(e, self.blocks[key])
+    else: self.blocks[key].add(e.rows)
     for n in e.names: self.dropped[n] += e.dropped
 
 @patch
@@ -193,14 +196,16 @@ def finish(self:InputCollector,
     "What was collected; uses it up"
     res,missing = {},dict(missing or {})
     parts = {n: tuple(k for k,a in self.blocks.items() if n in k[1] and a.n) for n in self.sites}
-    made = {ks: _joined([self.blocks[k] for k in ks]).result(ks[0][0][0]) for ks in sorted(set(parts.values()), key=len, reverse=True) if ks}  # single ones last
+    order = sorted(set(parts.values()), key=len, reverse=True)    # sums that are used alone are used up
+    made = {ks: _joined([self.blocks[k] for k in ks]).result(ks[0][0][0]) for ks in order if ks}
     for n,s in self.sites.items():
         st = made.get(parts[n])
         if not parts[n]: missing[n] = f'none of its {self.dropped[n]} rows is finite' if self.dropped[n] else 'not reached by the data'
         elif st is None: missing[n] = 'its inputs overflow'
         else: res[n] = replace(st, dropped=self.dropped[n], groups=getattr(s, 'groups', 1))
     sens = {n: H for n in res if (H := _sens(self, self.sites[n])[0]) is not None} if self.sensitivity else {}
-    return Inputs(res, outputs={n: self.outs[n].result('outputs') for n in res if n in self.outs and self.outs[n].n}, sens=sens, batches=batches, missing=missing)
+    outs = {n: o for n in res if n in self.outs and self.outs[n].n and (o := self.outs[n].result('outputs'))}
+    return Inputs(res, outputs=outs, sens=sens, batches=batches, missing=missing)
 
 # %% ../../nbs/core/inputs.ipynb #a809db50
 def collect_inputs(
@@ -219,8 +224,9 @@ def collect_inputs(
     "Run `model` over `data` and collect the moments of what goes into its layers"
     for k,v in (('outputs', outputs), ('sensitivity', sensitivity)):
         if v not in (None, 'full', 'diag'): raise ValueError(f"{k} must be 'full', 'diag' or None, got {v!r}.")
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1: raise ValueError(f'block must be an int of at least 1, got {block!r}.')
-    if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait for each other
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f'block must be an int of at least 1, got {block!r}.')
+    if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait
     types = tuple(types)
     sites = find_linears(model, types=types) + find_convs(model, types=types)
     by_name = {s.name: s.names for s in sites}
@@ -229,14 +235,17 @@ def collect_inputs(
     if patches and not convs: raise ValueError(f'patches={patches!r}: the model has no convolution.')
     patched = set(convs if patches is True else () if patches is False else select(convs, patches, 'patches'))
     left = {s.name: s.reason for s in sites if s.name in chosen and s.reason and layers is not None}
-    col = InputCollector([s for s in sites if s.name in chosen and not s.reason], patches=patched, outputs=outputs, sensitivity=sensitivity, block=block, seed=seed)
+    sites = [s for s in sites if s.name in chosen and not s.reason]
+    col = InputCollector(sites, patches=patched, outputs=outputs, sensitivity=sensitivity, block=block, seed=seed)
     return _run(col, model, data, n_batches, left)
 
 def _run(col, model, data, n_batches, left):
     n,place = 0,world()
     with agreed():
-        if any(p.is_meta for p in model.parameters()): raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
-        runs = run_batches(model, data, n_batches=n_batches, grad=bool(col.sensitivity), progress=None if place[0] else 'inputs', place=place)
+        if any(p.is_meta for p in model.parameters()):
+            raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
+        bar = None if place[0] else 'inputs'
+        runs = run_batches(model, data, n_batches=n_batches, grad=bool(col.sensitivity), progress=bar, place=place)
         with torch.inference_mode(False), _hooked(model, col), closing(runs):
             for _ in runs: n += 1
         col.commit()
@@ -259,7 +268,8 @@ def save(self:Inputs,
         tensors[k := str(ids.setdefault(id(t), len(ids)))] = t
         return k
     for part in ('layers','outputs'):
-        rows[part] = {n: {f.name: ref(v) if isinstance(v := getattr(o, f.name), torch.Tensor) else v for f in fields(o)} for n,o in getattr(self, part).items()}
+        rows[part] = {n: {f.name: ref(v) if isinstance(v := getattr(o, f.name), torch.Tensor) else v for f in fields(o)}
+                      for n,o in getattr(self, part).items()}
     rows['sens'] = {n: ref(H) for n,H in self.sens.items()}
     meta = dict(type=_TYPE, version=_VERSION, rows=json.dumps(rows), missing=json.dumps(self.missing), batches=str(self.batches))
     with _atomic(path, overwrite) as tmp: save_file({k: t.contiguous() for k,t in tensors.items()}, tmp, meta)
@@ -273,10 +283,12 @@ def load(cls:Inputs,
     try:
         with safe_open(path, 'pt') as f:
             meta = f.metadata() or {}
-            if meta.get('type') != _TYPE: raise ValueError(f'{path} holds no moments of inputs: its type is {meta.get("type")!r}, not {_TYPE!r}.')
-            if meta.get('version') != _VERSION: raise ValueError(f'{path} has version {meta.get("version")!r}, this fasterai reads {_VERSION}.')
+            if (o := meta.get('type')) != _TYPE: raise ValueError(f'{path} holds no moments of inputs: its type is {o!r}, not {_TYPE!r}.')
+            if (o := meta.get('version')) != _VERSION: raise ValueError(f'{path} has version {o!r}, this fasterai reads {_VERSION}.')
             t,rows = {k: f.get_tensor(k) for k in f.keys()},json.loads(meta['rows'])
-        parts = [{n: Moments(**o | dict(mean=t[o['mean']], cov=t[o['cov']], sizes=tuple(o['sizes']))) for n,o in rows[k].items()} for k in ('layers','outputs')]
-        return cls(parts[0], outputs=parts[1], sens={n: t[k] for n,k in rows['sens'].items()}, batches=int(meta['batches']), missing=json.loads(meta['missing']))
+        layers,outs = ({n: Moments(**o | dict(mean=t[o['mean']], cov=t[o['cov']], sizes=tuple(o['sizes']))) for n,o in rows[k].items()}
+                       for k in ('layers','outputs'))
+        sens,missing = {n: t[k] for n,k in rows['sens'].items()},json.loads(meta['missing'])
+        return cls(layers, outputs=outs, sens=sens, batches=int(meta['batches']), missing=missing)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise ValueError(f'{path} is not a readable file of moments: {e}.') from None

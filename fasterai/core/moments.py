@@ -14,12 +14,12 @@ from scipy.linalg.blas import get_blas_funcs
 from threadpoolctl import threadpool_limits
 from .distributed import gathered, summed
 from .modules import _double
-from ..lowrank.calibrate import _Moments
+from ..lowrank.calibrate import _Moments, _exact_products
 
 # %% ../../nbs/core/moments.ipynb #f06265c8
 BLOCK = 2048        # features in one block of a covariance; layers with up to twice as many keep all of it
 _FLUSH = 2048       # rows collected before a product
-_ROOM = 2**22       # elements that go into one product, if these are not fewer rows than _FLUSH
+_ROOM = 2**22       # elements of one slice of a batch, if these are not fewer rows than _FLUSH; at most four times as many are kept
 
 def block_sizes(
     n: int,             # features
@@ -56,21 +56,24 @@ class _Blocks(_Moments):
             super().add(c)
             self.buf.append(c)
             self.held += len(c)
-            if self.held >= _FLUSH: self.flush()
+            if self.held >= min(_FLUSH, max(256, 4*_ROOM//x.shape[1])): self.flush()
 
     def flush(self):
         if not self.buf: return
         x,self.buf,self.held = torch.cat(self.buf) if len(self.buf) > 1 else self.buf[0],[],0
         x = x.to(self.shift.dtype)
         if self.G is None: self.G = torch.zeros(sum(b*b for b in self.sizes), dtype=torch.float64, device=_double(x[:0]).device)
+        with _exact_products(x.device): self._product(x)
+
+    def _product(self, x):
         b = self.sizes[0]
         if len(set(self.sizes)) == 1 and b <= _TOGETHER and len(self.sizes) > 1:
             d = (_double(x) - _double(self.shift) if x.device.type == 'cpu' else x - self.shift).unflatten(1, (-1, b))
             P = d.square().sum(0) if b == 1 else d.permute(1, 2, 0) @ d.transpose(0, 1)
             self.G += _double(P).flatten()
-        else:
-            with threadpool_limits(torch.get_num_threads(), 'blas'):
-                for G,d,shift in zip(_views(self.G, self.sizes), x.split(self.sizes, 1), self.shift.split(self.sizes)): _add_gram(G, d, shift)
+            return
+        with threadpool_limits(torch.get_num_threads(), 'blas'):
+            for G,d,shift in zip(_views(self.G, self.sizes), x.split(self.sizes, 1), self.shift.split(self.sizes)): _add_gram(G, d, shift)
 
 # %% ../../nbs/core/moments.ipynb #1bcd5152
 @patch
@@ -108,7 +111,8 @@ def _pool_blocks(parts: dict, device) -> dict:
         acc.shift = shift.to(device)
         mine = parts[k].about(acc.shift) if k in parts and parts[k].n else None
         shapes = dict(sum=sum(acc.sizes), sq=(), G=sum(b*b for b in acc.sizes))
-        for o,shape in shapes.items(): setattr(acc, o, summed(getattr(mine, o) if mine else torch.zeros(shape, dtype=torch.float64, device=device)))
+        for o,shape in shapes.items():
+            setattr(acc, o, summed(getattr(mine, o) if mine else torch.zeros(shape, dtype=torch.float64, device=device)))
     return res
 
 # %% ../../nbs/core/moments.ipynb #f8b5d662
