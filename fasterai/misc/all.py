@@ -10,6 +10,9 @@ from fasterai.core.calibrate import *
 from fasterai.lowrank.factorize import *
 from fasterai.core.latency import *
 from fasterai.lowrank.ranks import *
+from fasterai.core.convs import *
+from fasterai.core.moments import *
+from fasterai.core.inputs import *
 from fasterai.core.plan import *
 from fasterai.lowrank.solve import *
 from fasterai.lowrank.plan import *
