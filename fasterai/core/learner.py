@@ -9,6 +9,7 @@ __all__ = []
 import inspect, numpy as np
 from dataclasses import replace
 from functools import partial
+from fastai.callback.hook import Hook
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, load_model
 from fastai.optimizer import OptimWrapper
@@ -115,6 +116,9 @@ def _check_now(learn, what):
 
 def _continue(learn, old):
     "A new optimizer for a fit that runs, with the hyperparameters of `old`"
+    for m in learn.model.modules():     # hooks of callbacks that run: theirs are the ones on the old model, and only those go at the end
+        for hooks in (m._forward_hooks, m._backward_hooks):
+            for k in [k for k,f in hooks.items() if isinstance(getattr(f, '__self__', None), Hook)]: del hooks[k]
     learn.create_opt()
     if len(old.hypers) != len(learn.opt.hypers):
         raise RuntimeError(f'the splitter makes {len(learn.opt.hypers)} parameter groups of the model after learn.decompose, and made {len(old.hypers)} before: '
