@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .batches import run_batches
 from .convs import ConvSite, _features_last, _patch_slices, conv_patches, find_convs
 from .distributed import agreed, gathered, world
-from .modules import _atomic, find_linears, select
+from .files import _atomic
+from .modules import find_linears, select
 from .moments import BLOCK, Moments, _Blocks, _joined, _pool_blocks, block_sizes
 from fasterai.core.calibrate import (MAX_DENSE_SENS, Calibration, Sensitivity, _Collector, _Gradients, _exact_products, _hooked, _rows,
     _sens)
