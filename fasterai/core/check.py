@@ -46,7 +46,7 @@ def _swapped(sites):
     new = [_lossless(s, eyes) for s in sites]
     try:
         for (m,_,d),pair in zip(old, new):
-            own = {k: v for k,v in d.items() if k not in ('_parameters','_modules','_buffers')}
+            own = {k: v for k,v in d.items() if k not in ('_parameters','_modules','_buffers','forward')}
             object.__setattr__(m, '__dict__', own | {k: pair.__dict__[k] for k in ('_parameters','_modules','_buffers','_low_rank')})
             m.__class__ = type(pair)
         yield

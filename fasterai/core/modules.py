@@ -39,7 +39,7 @@ class _Product(torch.Tensor):
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
         name = getattr(f, '__name__', '')
-        if f is torch.Tensor.data.__set__ or name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(args[0], cls):
+        if f == torch.Tensor.data.__set__ or name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(args[0], cls):
             raise RuntimeError('the weight of a LowRankHead is the product of its two factors: what is written to it would be lost. '
                                'Make the layer dense first, with to_dense(model), or train the factors, 0 and 1.')
         with torch._C.DisableTorchFunctionSubclass(): return f(*args, **(kwargs or {}))
