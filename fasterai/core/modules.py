@@ -95,7 +95,7 @@ class LinearSite:
     out_features: int                  # m
     reason: str|None = None            # why it cannot be decomposed; None if it can
     reader: str|None = None            # the function that reads its `.weight`, if any
-    head: bool = False                 # is it what the model returns from `get_output_embeddings`?
+    head: bool = False                 # is it read outside of forward, as what `get_output_embeddings` returns?
     size: int = 0                      # number of weights, where it is not n·m: stacked or recurrent matrices
 
     @property
@@ -261,9 +261,10 @@ def _walk_reason(m, r):
 def _hooked(m): return 'its own hooks' if any(getattr(m, h, None) for h in _HOOKS) else None
 
 def _heads(model):
-    "Layers that a language model hands out as its head, to be read and resized: id -> the method"
+    "Layers that are read, and maybe written to, outside of forward: the head of a language model, the base of an adapter; id -> the method"
     res = {}
     for m in model.modules():
+        if 'base_layer' in m._modules and callable(getattr(type(m), 'merge', None)): res[id(m.base_layer)] = f'{type(m).__qualname__}.merge'
         if not callable(get := getattr(type(m), 'get_output_embeddings', None)): continue
         try: head = m.get_output_embeddings()
         except (NotImplementedError, AttributeError): continue
