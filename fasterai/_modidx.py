@@ -516,6 +516,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai/core/readers.py'),
                                        'fasterai.core.readers._FnWalk._global': ( 'core/readers.html#_fnwalk._global',
                                                                                   'fasterai/core/readers.py'),
+                                       'fasterai.core.readers._FnWalk._imported': ( 'core/readers.html#_fnwalk._imported',
+                                                                                    'fasterai/core/readers.py'),
                                        'fasterai.core.readers._FnWalk._into': ( 'core/readers.html#_fnwalk._into',
                                                                                 'fasterai/core/readers.py'),
                                        'fasterai.core.readers._FnWalk._items': ( 'core/readers.html#_fnwalk._items',

@@ -390,3 +390,77 @@ def test_stacked_rows_survive_saving(tmp_path):
     plan = FC_Decomposer(.5).plan(Matrices())
     again = DecompositionPlan.load(plan.save(tmp_path/'p.json'))
     assert again == plan and again['experts'].weight_params == 90
+
+# ------------------------------------------------------------------ weights that are somewhere else, or read later
+
+def test_a_head_can_be_read_and_resized_but_not_written_to():
+    import transformers as tf
+    torch.manual_seed(0)
+    m = tf.LlamaForCausalLM(tf.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50)).eval()
+    small,ids = FC_Decomposer(.5).decompose(m),torch.arange(6)[None]
+    y,head = small(ids).logits,small.get_output_embeddings()
+    assert type(head) is LowRankHead and is_pair(head) and torch.equal(head.weight, head[1].weight @ head[0].weight)
+    def add(): head.weight.data += 1
+    def scale():
+        with torch.no_grad(): head.weight.mul_(2)
+    for f in (add, scale):
+        with pytest.raises(RuntimeError, match=r'what is written to it would be lost.*to_dense\(model\)'): f()
+    head.weight.square().sum().backward()
+    assert head[0].weight.grad.any() and type(head.weight.T) is torch.Tensor
+    for n in (50, 60, 40):
+        again = copy.deepcopy(small)
+        again.resize_token_embeddings(n)
+        k = min(n, 50)
+        assert again(ids).logits.shape[-1] == n and (again(ids).logits[...,:k] - y[...,:k]).abs().max() < 1e-5
+    assert torch.equal(pickle.loads(pickle.dumps(small))(ids).logits, y) and type(to_dense(small).lm_head) is nn.Linear
+
+def test_merging_an_adapter_asks_for_a_dense_layer():
+    peft = pytest.importorskip('peft')
+    def tuned(m): return peft.get_peft_model(m, peft.LoraConfig(r=2, target_modules=['a'], init_lora_weights=False)).eval()
+    m = tuned(Norm())
+    small,y = FC_Decomposer(1.).decompose(m),m(x)
+    assert is_pair(small.base_model.model.a.base_layer) and rel(small(x), y) < 1e-5
+    with pytest.raises(RuntimeError, match='what is written to it would be lost'): copy.deepcopy(small).merge_and_unload()
+    assert rel(to_dense(small).merge_and_unload()(x), y) < 1e-5
+    pairs = FC_Decomposer(.5).decompose(Norm())     # the other way round: adapters on the factors
+    m = peft.get_peft_model(pairs, peft.LoraConfig(r=2, target_modules=['a.0', 'a.1'], init_lora_weights=False)).eval()
+    y = m(x)
+    assert rel(m.merge_and_unload()(x), y) < 1e-5
+
+class Norm(Base):
+    def forward(self, x): return self.b(self.a(x).relu())
+
+@pytest.mark.parametrize('how', ['cpu', 'disk', 'dispatch'])
+def test_accelerate(how, tmp_path):
+    accelerate = pytest.importorskip('accelerate')
+    m = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
+    y = m(x)
+    if how == 'dispatch': accelerate.dispatch_model(m, {str(i): 'cpu' for i in range(3)}, main_device='cpu', force_hooks=True)
+    else: accelerate.cpu_offload(m, 'cpu') if how == 'cpu' else accelerate.disk_offload(m, tmp_path/'off', 'cpu')
+    for data in (None, x):
+        reasons = {o.reason for o in FC_Decomposer(1.).plan(m, data).layers}
+        assert len(reasons) == 1 and ('dispatched' if how == 'dispatch' else 'offloaded') in (why := reasons.pop()) and 'accelerate' in why
+    accelerate.hooks.remove_hook_from_module(m, recurse=True)       # what the reason says
+    small = FC_Decomposer(1.).decompose(m, x)
+    assert is_pair(small[0]) and is_pair(small[2]) and rel(small(x), y) < 1e-5 and rel(m(x), y) < 1e-6
+
+def test_sharded_models_are_named():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, fully_shard
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for wrap in (lambda m: FSDP(m, device_id=torch.device('cpu')), lambda m: FSDP(m, device_id=torch.device('cpu'), use_orig_params=True),
+                     lambda m: fully_shard(m, mesh=init_device_mesh('cpu', (1,))) or m, lambda m: [fully_shard(o, mesh=init_device_mesh('cpu', (1,))) for o in m] and m):
+            m = wrap(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)))
+            plan = FC_Decomposer(.5).plan(m)
+            assert len(plan) == 2 and all('sharded' in o.reason and 'before it is' in o.reason for o in plan.layers)
+            with pytest.raises(ValueError, match='the model is sharded by FSDP: decompose the model before it is wrapped'): plan.apply(m)
+    finally: dist.destroy_process_group()
+
+def test_a_zero_3_weight_is_named():
+    m = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    m[0].weight.ds_id,m[0].weight.data = 1,torch.empty(0)
+    plan = FC_Decomposer(.5).plan(m)
+    assert 'sharded by DeepSpeed ZeRO-3' in plan['0'].reason and plan['1'].rank == 2

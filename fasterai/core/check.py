@@ -13,7 +13,7 @@ from copy import deepcopy
 from itertools import chain
 import torch
 from torch import nn
-from .batches import Batches, _rng_kept, _seed, left_as_found
+from .batches import Batches, _rng_kept, _seed, left_as_found, model_args
 from .modules import LinearSite, _is_conv1d, count_params, is_pair, mk_pair
 
 # %% ../../nbs/core/check.ipynb #b81ba4ff
@@ -46,7 +46,7 @@ def _swapped(sites):
     new = [_lossless(s, eyes) for s in sites]
     try:
         for (m,_,d),pair in zip(old, new):
-            own = {k: v for k,v in d.items() if k not in ('_parameters','_modules','_buffers')}
+            own = {k: v for k,v in d.items() if k not in ('_parameters','_modules','_buffers','forward')}
             object.__setattr__(m, '__dict__', own | {k: pair.__dict__[k] for k in ('_parameters','_modules','_buffers','_low_rank')})
             m.__class__ = type(pair)
         yield
@@ -118,12 +118,12 @@ def first_batch(
     "The first batch of `data`, to try things on; what an iterator gave is put back"
     b = Batches(data, None if isinstance(data, Iterator) else 1)
     if b.fn: return None,data
-    with _rng_kept(None):       # loaders that shuffle draw from it
-        if not isinstance(data, Iterator): _seed()
+    with _rng_kept(None):
+        _seed()
         batch = next(it := iter(b), None)
     if isinstance(data, Iterator): data = chain([batch] if batch is not None else [], it)
     if batch is None: return None,data
     def run(m):
-        args,kw,_ = b.args(m, batch)
+        args,kw,_ = model_args(m, batch, b.n_inp)
         return m(*deepcopy(args), **deepcopy(kw))     # forward may write to them
     return run,data

@@ -39,7 +39,7 @@ class _Product(torch.Tensor):
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
         name = getattr(f, '__name__', '')
-        if f is torch.Tensor.data.__set__ or name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(args[0], cls):
+        if f == torch.Tensor.data.__set__ or name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(args[0], cls):
             raise RuntimeError('the weight of a LowRankHead is the product of its two factors: what is written to it would be lost. '
                                'Make the layer dense first, with to_dense(model), or train the factors, 0 and 1.')
         with torch._C.DisableTorchFunctionSubclass(): return f(*args, **(kwargs or {}))
@@ -95,7 +95,7 @@ class LinearSite:
     out_features: int                  # m
     reason: str|None = None            # why it cannot be decomposed; None if it can
     reader: str|None = None            # the function that reads its `.weight`, if any
-    head: bool = False                 # is it what the model returns from `get_output_embeddings`?
+    head: bool = False                 # is it read outside of forward, as what `get_output_embeddings` returns?
     size: int = 0                      # number of weights, where it is not n·m: stacked or recurrent matrices
 
     @property
@@ -262,9 +262,10 @@ def _walk_reason(m, r):
 def _hooked(m): return 'its own hooks' if any(getattr(m, h, None) for h in _HOOKS) else None
 
 def _heads(model):
-    "Layers that a language model hands out as its head, to be read and resized: id -> the method"
+    "Layers that are read, and maybe written to, outside of forward: the head of a language model, the base of an adapter; id -> the method"
     res = {}
     for m in model.modules():
+        if 'base_layer' in m._modules and callable(getattr(type(m), 'merge', None)): res[id(m.base_layer)] = f'{type(m).__qualname__}.merge'
         if not callable(get := getattr(type(m), 'get_output_embeddings', None)): continue
         try: head = m.get_output_embeddings()
         except (NotImplementedError, AttributeError): continue

@@ -6,7 +6,7 @@
 __all__ = ['LINEAR_ATTRS', 'weight_readers']
 
 # %% ../../nbs/core/readers.ipynb #58a0f486
-import ast, functools, inspect, linecache, textwrap, types
+import ast, functools, importlib.util, inspect, linecache, sys, textwrap, types
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache, partial
@@ -30,8 +30,8 @@ def _looks_linear(m) -> bool:
 LINEAR_ATTRS = frozenset('weight bias in_features out_features'.split())
 _CALLS_ONLY = frozenset('checkpoint id callable len'.split())   # a layer passed to these is not looked into
 _HOLDERS = frozenset('list tuple dict set iter reversed sorted enumerate zip filter OrderedDict chain from_iterable'.split())
-_INSIDE = frozenset('parameters named_parameters state_dict _parameters get_parameter __dict__ load_state_dict children named_children modules '
-                    'named_modules _modules extra_repr __repr__ __str__'.split())     # what differs between a layer and a pair
+_INSIDE = frozenset('parameters named_parameters state_dict _parameters get_parameter __dict__ load_state_dict children named_children '
+                    '_modules extra_repr __repr__ __str__'.split())     # what differs between a layer and a pair
 _SAME = frozenset(dir(nn.Module())) - _INSIDE - {'__class__', '_get_name'}
 _FACTS = frozenset('dtype device is_cuda is_meta is_floating_point is_complex requires_grad'.split())  # the same for the factors
 
@@ -277,12 +277,22 @@ def _outside(self:_FnWalk, e):
     if isinstance(e, ast.BinOp) and isinstance(e.op, ast.BitOr): return self._outside(e.left),self._outside(e.right)
     if isinstance(e, ast.Name):
         if e.id in self.outer: return self.outer[e.id]
-        if e.id in self.fn.__code__.co_varnames: raise LookupError(e.id)
+        if e.id in self.fn.__code__.co_varnames: return self._imported(e.id)
         return self.fn.__globals__[e.id] if e.id in self.fn.__globals__ else vars(__import__('builtins'))[e.id]
     if not isinstance(e, ast.Attribute): raise LookupError
     own = [m for m in self.mods(e.value) if isinstance(m, nn.Module)]
     if len(own) > 1: raise LookupError(e.attr)
     return getattr(own[0] if own else self._outside(e.value), e.attr)
+
+@patch
+def _imported(self:_FnWalk, name):
+    "What `name` is where the function itself imports it, from a module that is loaded"
+    for o in self.up:
+        for a in o.names if isinstance(o, ast.ImportFrom) else ():
+            if (a.asname or a.name) == name:
+                mod = importlib.util.resolve_name('.'*o.level + (o.module or ''), self.fn.__globals__.get('__package__') or '')
+                return getattr(sys.modules[mod], a.name)
+    raise LookupError(name)
 
 def _flat(o): return [c for k in o for c in _flat(k)] if isinstance(o, (tuple, list, set, frozenset)) else [*getattr(o, '__args__', (o,))]
 
@@ -329,7 +339,7 @@ def _keep(self:_FnWalk, layers, why):
     for m in layers: self.reader.kept.setdefault(id(m), f'forward {why} ({self.fn.__qualname__})')
 
 @patch
-def _mark(self:_FnWalk, e): self._reads(self._linears(e), 'weight', e)
+def _mark(self:_FnWalk, e): self._reads(self._linears(e), 'weight')
 
 @patch
 def _reads(self:_FnWalk, layers, attr, e=None):
