@@ -5,10 +5,10 @@ from fastai.vision.all import TensorImage
 from matplotlib.ticker import EngFormatter
 from torch import nn
 from fasterai.core.modules import count_params, is_pair
-from fasterai.lowrank.decide import make_plan
+from fasterai.lowrank.decide import make_plan, plot_spectra
 from fasterai.lowrank.plan import DecompositionPlan
 from fasterai.lowrank.ranks import ParamBudget
-from fasterai.lowrank.report import ModelComparison, compare_models, plot_spectra, plot_tradeoff
+from fasterai.core.report import ModelComparison, compare_models, plot_tradeoff
 
 matplotlib.use('agg')
 
@@ -296,7 +296,7 @@ def test_errors_of_arguments():
         (lambda: compare_models('a.pt', m), TypeError, 'before must be a torch.nn.Module, got str.'),
         (lambda: compare_models(m, Learner()), TypeError, 'after must be a torch.nn.Module, got Learner; pass learn.model.'),
         (lambda: compare_models(m, small, plan=plan), ValueError, 'errors of layers are measured on data: pass data= with plan=.'),
-        (lambda: compare_models(m, small, x, plan=.5), TypeError, 'plan must be a DecompositionPlan, got float.'),
+        (lambda: compare_models(m, small, x, plan=.5), TypeError, 'plan must be a Plan, such as FC_Decomposer makes, got float.'),
         (lambda: compare_models(m, m, x, plan=plan), ValueError, "plan makes '0' a pair of rank 4, after has a Linear there. Is it what plan.apply(before) returned?"),
         (lambda: compare_models(m, nn.Linear(20, 5), x, plan=plan), ValueError, "plan makes '0' a pair of rank 4, after has no such layer."),
         (lambda: compare_models(m, plan.edit('2', 7).apply(m), x, plan=plan), ValueError, "plan makes '2' a pair of rank 4, after has one of rank 7."),

@@ -13,7 +13,7 @@ from copy import deepcopy
 from itertools import chain
 import torch
 from torch import nn
-from .batches import Batches, _rng_kept, _seed, left_as_found, model_args
+from .batches import Batches, _rng_kept, _seed, left_as_found
 from .modules import LinearSite, _is_conv1d, count_params, is_pair, mk_pair
 
 # %% ../../nbs/core/check.ipynb #b81ba4ff
@@ -118,12 +118,12 @@ def first_batch(
     "The first batch of `data`, to try things on; what an iterator gave is put back"
     b = Batches(data, None if isinstance(data, Iterator) else 1)
     if b.fn: return None,data
-    with _rng_kept(None):
-        _seed()
+    with _rng_kept(None):       # loaders that shuffle draw from it
+        if not isinstance(data, Iterator): _seed()
         batch = next(it := iter(b), None)
     if isinstance(data, Iterator): data = chain([batch] if batch is not None else [], it)
     if batch is None: return None,data
     def run(m):
-        args,kw,_ = model_args(m, batch, b.n_inp)
+        args,kw,_ = b.args(m, batch)
         return m(*deepcopy(args), **deepcopy(kw))     # forward may write to them
     return run,data

@@ -26,6 +26,10 @@ class Row(ABC):
     name: str                       # '' for the model itself
     aliases = ()                    # further names of a unit registered more than once
     reason = ''                     # why it is left alone, or a remark
+    error = None                    # predicted relative error, where it is known
+    calibrated = True               # is that the error of the output, or without data that of the weight?
+    decision = {}                   # what was chosen, for tables: column -> value
+    promise = 'changed'             # what it will be, to end a sentence
 
     @property
     def names(self) -> tuple[str,...]: return (self.name, *self.aliases)
@@ -34,6 +38,9 @@ class Row(ABC):
     def changed(self) -> bool: "Does something happen to it?"
     @abstractmethod
     def cells(self) -> dict[str,Any]: "Its line of the table: column -> value"
+    def misfit(self, m: nn.Module|None) -> str|None:
+        "What `m`, the module of that name in a result, is instead of what was planned; None if it is that"
+        return 'no such layer' if m is None else None
     @classmethod
     def from_dict(cls,
         d: dict,    # from JSON: lists in place of tuples

@@ -16,7 +16,7 @@ from torch import nn
 from ..core.calibrate import Calibration, _collect
 from ..core.check import check_result
 from ..core.distributed import agreed
-from ..core.modules import _double, _is_ours, _warn_user, count_params, find_linears, is_pair
+from ..core.modules import LinearSite, _double, _is_ours, _warn_user, count_params, find_linears, is_pair
 from ..core.plan import Plan, Row
 from ..core.surgery import _become, copy_with
 from .factorize import Basis, Solver, _check_solver, trunc_error
@@ -60,6 +60,14 @@ class LayerPlan(Layer, Row):
 
     @property
     def changed(self) -> bool: return self.rank is not None
+    @property
+    def decision(self) -> dict: return dict(rank=self.rank)
+    @property
+    def promise(self) -> str: return f'a pair of rank {self.rank}'
+    def misfit(self, m: nn.Module|None) -> str|None:
+        if m is None: return 'no such layer'
+        if not is_pair(m): return f'a {type(m).__name__} there'
+        return None if m[0].out_features == self.rank else f'one of rank {m[0].out_features}'
     def cells(self) -> dict:
         return dict(layer=self.name or '(the model)', shape=self.shape, rank=self.rank, before=self.weight_params, after=self.params_after,
                     error=self.error, reason=self.reason)
@@ -95,8 +103,10 @@ class DecompositionPlan(Plan):
 
 # %% ../../nbs/lowrank/plan.ipynb #ebf8e5bf
 @patch
-def _sites(self:DecompositionPlan, model):
-    "name -> site for every layer to be replaced; raises where `model` is not what the plan was made for"
+def sites(self:DecompositionPlan, 
+    model: nn.Module, # same architecture as the one planned for
+) -> dict[str,LinearSite]:
+    "Every layer to be replaced, by name; raises where `model` is not what the plan was made for"
     sites = {s.name: s for s in find_linears(model, types=_subclasses(model))}
     for o in self.replaced:
         s = sites.get(o.name)
@@ -136,7 +146,7 @@ def apply(self:DecompositionPlan,
     _check_solver(solver)
     with torch.inference_mode(False), torch.no_grad():
         with agreed():
-            sites = [*self._sites(model).values()]
+            sites = [*self.sites(model).values()]
             for s in sites: _check_finite(s)
         bases,before = self._bases(model, sites, data, n_batches),count_params(model)
         def empty(s): return _empty(s, self[s.name], s.weight.new_empty)
@@ -178,7 +188,7 @@ def skeleton(self:DecompositionPlan,
 ) -> nn.Module:         # a new model whose pairs are zero
     "A copy of `model` with empty pairs in place, for `load_state_dict`"
     with torch.inference_mode(False), torch.no_grad():
-        sites = self._sites(model)
+        sites = self.sites(model)
         return self._checked(copy_with(model, {s.module: _empty(s, self[n]) for n,s in sites.items()}), sites.keys(), count_params(model))
 
 # %% ../../nbs/lowrank/plan.ipynb #dfe002f4

@@ -19,7 +19,7 @@ from ..core.latency import LatencyTable
 from .decide import make_plan
 from .plan import DecompositionPlan
 from .ranks import ParamBudget
-from .report import plot_tradeoff
+from ..core.report import plot_tradeoff
 
 # %% ../../nbs/lowrank/search.ipynb #7685fb97
 @dataclass(frozen=True, eq=False)

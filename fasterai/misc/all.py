@@ -18,7 +18,7 @@ from fasterai.lowrank.solve import *
 from fasterai.lowrank.plan import *
 from fasterai.lowrank.decide import *
 from fasterai.misc.fc_decomposer import *
-from fasterai.lowrank.report import *
+from fasterai.core.report import *
 from fasterai.lowrank.search import *
 from fasterai.lowrank.refine import *
 from fasterai.core.learner import *
