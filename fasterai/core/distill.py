@@ -111,7 +111,9 @@ def _valid_loss(self:SelfDistillation):
 @patch
 def after_loss(self:SelfDistillation):
     if not self.training:
-        if self._open and len(self.yb): self._open[-1] = [a + c for a,c in zip(self._open[-1], (float(self.loss.detach().mean())*len(self.yb[0]), len(self.yb[0]), 0))]
+        if self._open and len(self.yb):
+            new = float(self.loss.detach().mean())*len(self.yb[0]),len(self.yb[0]),0
+            self._open[-1] = [a + c for a,c in zip(self._open[-1], new)]
         return
     with torch.no_grad(): target = _first(self._teacher(*self.xb))
     pred = _first(self.pred)

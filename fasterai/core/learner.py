@@ -108,9 +108,11 @@ def _running(learn, name):
 def _check_now(learn, what):
     "Raise where the model cannot be replaced at this moment"
     if not _running(learn, 'fit'): return
-    if hasattr(learn, 'lr_finder'): raise RuntimeError(f'learn.{what} cannot run inside lr_find, which puts back the model it began with: call it before or after.')
+    if hasattr(learn, 'lr_finder'):
+        raise RuntimeError(f'learn.{what} cannot run inside lr_find, which puts back the model it began with: call it before or after.')
     if _running(learn, '_do_one_batch'):
-        raise RuntimeError(f'learn.{what} cannot run between the forward pass and the step of a batch: call it in before_batch or after_batch, or between epochs.')
+        raise RuntimeError(f'learn.{what} cannot run between the forward pass and the step of a batch: '
+                           'call it in before_batch or after_batch, or between epochs.')
     if isinstance(learn.model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise RuntimeError(f'learn.{what} cannot run in a fit whose model is wrapped in {type(learn.model).__name__}: call it before or after fit.')
 

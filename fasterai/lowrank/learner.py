@@ -72,11 +72,12 @@ def _spared(plan, model, quiet=False):
     for o in sorted(rows.values(), key=lambda o: -(o.error or 0)/max(1, _saved(o))):
         if not _negligible(o, plan.params) or _saved(o) > room: continue
         room -= max(0, _saved(o))
-        what = f'rank {o.rank} of {o.max_rank} would lose {o.error:.2g} of the output and save {_saved(o):,} parameters ({_saved(o)/plan.params:.1%})'
-        rows[o.name] = replace(o, rank=None, reason=f'kept dense: {what}')
+        rows[o.name] = replace(o, rank=None, reason=f'kept dense: rank {o.rank} of {o.max_rank} would lose {o.error:.2g} of the output '
+                               f'and save {_saved(o):,} parameters ({_saved(o)/plan.params:.1%})')
     res = replace(plan, layers=tuple(rows[o.name] if o.rank and rows[o.name].rank is None else o for o in plan.layers))
-    if plan.replaced and not res.replaced and not quiet: _warn_user('nothing to decompose (' + '; '.join(f'{o.name}: {o.reason}' for o in res.layers[:3]) +
-                                                      '). layers= decomposes a layer all the same.')
+    if plan.replaced and not res.replaced and not quiet:
+        why = '; '.join(f'{o.name}: {o.reason}' for o in res.layers[:3])
+        _warn_user(f'nothing to decompose ({why}). layers= decomposes a layer all the same.')
     return res
 
 # %% ../../nbs/lowrank/learner.ipynb #7c2f0e97
@@ -125,8 +126,7 @@ def _in_place(learn, plan):
     if not ranks: return False
     back = ' learn.undecompose() goes back to the dense model' if _dense_of(learn) is not None else ' A decomposed model is not decomposed again'
     if (other := [n for n,k in ranks.items() if plan[n].rank != k] or [o.name for o in plan.replaced if o.name not in ranks]):
-        raise ValueError(f'this Learner is decomposed already, by another plan (see {other[0]!r}). Nothing was changed.{back}: do that first.' if _dense_of(learn) is not None
-                         else f'this Learner is decomposed already, by another plan (see {other[0]!r}). Nothing was changed.{back}.')
+        raise ValueError(f'this Learner is decomposed already, by another plan (see {other[0]!r}). Nothing was changed.{back}.')
     _warn_user(f'this Learner is decomposed by this plan already: nothing was changed.{back}.')
     return True
 
@@ -235,7 +235,7 @@ def rank_find(self:Learner,
     i,name = _metric_index(self, metric)
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]
-    res = rank_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, metric=name, ratios=ratios, refine=refine, cost=cost, round_to=round_to,
-        higher_is_better=_direction(name, higher_is_better), n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types)
+    res = rank_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, metric=name, ratios=ratios, refine=refine,
+        cost=cost, round_to=round_to, higher_is_better=_direction(name, higher_is_better), n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types)
     if show_plot: res.plot()
     return res

@@ -88,7 +88,7 @@ class _Sweep:
 
 # %% ../../nbs/lowrank/search.ipynb #5ef331b6
 def _search(sweep, ratios, refine):
-    "Largest budget first, until two in a row are not good enough; then between the last good one and the first bad one. The best row, and why it stopped"
+    "Largest budget first, until two in a row are not good enough; then between the last good and the first bad one: best row, why it stopped"
     bar,bad,why = _Bar(sorted(ratios, reverse=True), 'rank_find'),0,''
     for r in bar:
         n = len(sweep.rows)
@@ -169,7 +169,8 @@ def rank_find(
     _check_units(max_drop, dense, metric)
     def good(v): return v >= dense - max_drop - 1e-9 if higher_is_better else v <= dense + max_drop + 1e-9
     plan = make_plan(model, budget(1.), data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types, quiet=True)
-    if not any(o.can and o.asked for o in plan.layers): raise ValueError('nothing to decompose' + ''.join(f'; {o.name}: {o.reason}' for o in plan.layers[:3]) + '.')
+    if not any(o.can and o.asked for o in plan.layers):
+        raise ValueError('nothing to decompose' + ''.join(f'; {o.name}: {o.reason}' for o in plan.layers[:3]) + '.')
     sweep = _Sweep(model, plan, evaluate, good, budget)
     best,why = _search(sweep, ratios, refine)
     if not sweep.rows: plan.replan(budget(max(ratios)))     # raises: not even the largest is enough for these layers
