@@ -305,7 +305,7 @@ def test_errors_of_arguments():
         (lambda: compare_models(m, small, 3), TypeError, 'data must be a tensor'),
         (lambda: compare_models(m, small, x, n_batches=0), ValueError, 'n_batches must be an int of at least 1'),
         (lambda: compare_models(m, small, (x, x, x, x)), ValueError, 'forward takes 1 of its 4 items. Pass several batches as a list.'),
-        (lambda: plot_spectra('m'), TypeError, 'x must be a torch.nn.Module, got str'),
+        (lambda: plot_spectra('m'), TypeError, 'must be a torch.nn.Module, got str'),
         (lambda: plot_spectra(plan, x), ValueError, 'a plan holds its spectra'),
         (lambda: plot_spectra(nn.LSTM(3, 3)), ValueError, 'no layer of the model has a spectrum ((the model): recurrent weights of LSTM).'),
         (lambda: plot_tradeoff([1, 2]), TypeError, 'plot_tradeoff takes a DataFrame or a dict of them, got list.'),

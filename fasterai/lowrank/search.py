@@ -6,141 +6,35 @@
 __all__ = ['RATIOS', 'RankSuggestion', 'rank_find']
 
 # %% ../../nbs/lowrank/search.ipynb #2fb2474b
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
-import matplotlib.pyplot as plt, pandas as pd
 from torch import nn
-from ..core.batches import _Bar
-from ..core.modules import _warn_user
 from ..core.latency import LatencyTable
+from ..core.search import Suggestion, check_search, find
 from .decide import make_plan
-from .plan import DecompositionPlan
 from .ranks import ParamBudget
-from ..core.report import plot_tradeoff
 
 # %% ../../nbs/lowrank/search.ipynb #7685fb97
-@dataclass(frozen=True, eq=False)
-class RankSuggestion:
+class RankSuggestion(Suggestion):
     "What `rank_find` found; `plan` is the suggestion, None if no budget kept the metric"
-    frame: pd.DataFrame             # one row per size tried: ratio (the largest budget of that size), params (of the model), share of them, metric, ok
-    dense: float                    # metric of the dense model
-    max_drop: float                 # allowed loss, in units of the metric
-    metric: str                     # its name
-    higher_is_better: bool
-    ratio: float|None               # smallest budget whose metric was good enough
-    plan: DecompositionPlan|None    # with the ranks of that budget
-    stopped: str = ''               # why no smaller budget was tried, and whether there is one
-
-    @property
-    def value(self) -> float|None:
-        "Metric of the suggestion"
-        return None if self.plan is None else float(self.frame.loc[self.frame.ratio == self.ratio, 'metric'].iloc[0])
-
-    @property
-    def title(self) -> str:
-        "The suggestion in one line"
-        if self.plan is None: return f'no budget keeps {self.metric} within {self.max_drop:g} of {self.dense:.4g}'
-        return (f'ParamBudget({self.ratio:g}): {self.metric} {self.value:.4g} (dense {self.dense:.4g}), '
-                f'{self.plan.params:,} → {self.plan.params_after:,} parameters ({_share(self.plan) - 1:+.1%})')
-
-    def plot(self, ax: plt.Axes|None = None) -> plt.Axes:
-        "Metric against the share of parameters kept, with the dense model and the limit as lines"
-        limit = self.dense - self.max_drop if self.higher_is_better else self.dense + self.max_drop
-        frame = self.frame.rename(columns={'metric': self.metric})
-        ax = plot_tradeoff(frame, x='share', y=self.metric, dense=self.dense, limit=limit, log=True, ax=ax)
-        if self.plan is not None: ax.plot(_share(self.plan), self.value, 'o', color='red', label=f'ParamBudget({self.ratio:g})')
-        ax.legend()
-        return ax
-
-    _fmt = dict(index=False, formatters=dict(share='{:.1%}'.format, params='{:,}'.format, metric='{:.4g}'.format))
-    def __repr__(self): return '\n'.join([self.title, self.frame.to_string(**self._fmt), self.stopped]).rstrip()
-    def _repr_html_(self): return f'<p>{self.title}</p>{self.frame.to_html(**self._fmt, border=0)}<p>{self.stopped}</p>'
-
-def _share(plan): return plan.params_after/plan.params if plan.params else 1.
+    policy = 'ParamBudget'
 
 # %% ../../nbs/lowrank/search.ipynb #782c7e0f
 RATIOS = (.9, .7, .5, .4, .3, .2, .15, .1, .07, .05, .03, .02, .01)
 
-class _Sweep:
-    "Budgets tried on one set of spectra"
-    def __init__(self, model, plan, evaluate, good, budget):
-        self.model,self.plan,self.evaluate,self.good,self.budget = model,plan,evaluate,good,budget
-        self.rows,self.tried = {},{}    # size -> row, ratio -> row
-
-    def planned(self, ratio, **kw):
-        "Plan for one budget; None if it is too tight for these layers"
-        try: return self.plan.replan(self.budget(ratio, **kw))
+def _planner(plan, budget):
+    "The plan for a budget from that of all ranks; None if it is too tight for these layers"
+    def f(ratio, **kw):
+        try: return plan.replan(budget(ratio, **kw))
         except ValueError: return None
+    return f
 
-    def __call__(self, ratio):
-        "Row for one budget, which may be that of a larger budget; None if it is too tight"
-        if ratio in self.tried: return self.tried[ratio]
-        if (plan := self.planned(ratio)) is None: return None
-        size = plan.params_after if self.budget(1.).cost == 'params' else tuple(o.rank for o in plan.layers)
-        if size not in self.rows:
-            value = float(self.evaluate(plan.apply(self.model)))
-            self.rows[size] = dict(ratio=ratio, params=plan.params_after, share=_share(plan), metric=value, ok=self.good(value))
-        self.tried[ratio] = self.rows[size]
-        return self.rows[size]
-
-# %% ../../nbs/lowrank/search.ipynb #5ef331b6
-def _search(sweep, ratios, refine):
-    "Largest budget first, until two in a row are not good enough; then between the last good and the first bad one: best row, why it stopped"
-    bar,bad,why = _Bar(sorted(ratios, reverse=True), 'rank_find'),0,''
-    for r in bar:
-        n = len(sweep.rows)
-        if (row := sweep(r)) is None:
-            why = f'The next budget, {r:g}, is too small for these layers' + _finer(sweep, r)
-            break
-        bar.comment = f'{r:g}: {row["metric"]:.4g}'
-        if len(sweep.rows) > n: bad = 0 if row['ok'] else bad + 1
-        if bad == 2: break
-    if not sweep.tried: return None, why
-    for _ in range(refine):
-        ok = [r for r,o in sweep.tried.items() if o['ok']]
-        worse = [r for r,o in sweep.tried.items() if not o['ok'] and ok and r < min(ok)]
-        if not worse: break
-        sweep(float(f'{(min(ok)*max(worse))**.5:.3g}'))
-    good = [o for o in sweep.rows.values() if o['ok']]
-    best = min(good, key=lambda o: o['ratio']) if good else None
-    if bad == 2: why = 'Two budgets in a row lost more than max_drop: smaller ones were not tried.'
-    return best, why or (_smaller(sweep, min(sweep.tried)) if not bad else 'All budgets were tried.')
-
-def _finer(sweep, ratio):
+def _tight(planned, step):
     "Ends the sentence about a budget that is too small"
-    step = sweep.budget(1.).round_to
-    if step > 1 and sweep.planned(ratio, round_to=1) is not None: return f' with ranks in multiples of {step}: round_to=1 allows it.'
-    return ', whose ranks are 1 there.'
-
-def _smaller(sweep, ratio):
-    "What to say where the smallest budget kept the metric"
-    size = sweep.tried[ratio]['params']
-    more = [r for f in (.7, .5, .3, .2, .1) if (p := sweep.planned(r := float(f'{f*ratio:.2g}'))) is not None and p.params_after < size]
-    if more: return f'All budgets tried kept it; smaller ones are possible: ratios=({", ".join(f"{r:g}" for r in more)},).'
-    return 'All budgets tried kept it; the next smaller one is too small for these layers' + _finer(sweep, ratio*.7)
-
-# %% ../../nbs/lowrank/search.ipynb #8eb38ed3
-def _check_search(max_drop, ratios, refine, budget):
-    "Raise for arguments that would fail only after some work"
-    if isinstance(max_drop, bool) or not isinstance(max_drop, Real):
-        raise TypeError(f'max_drop must be a number in units of the metric (0.01 is one point of accuracy), got a {type(max_drop).__name__}.')
-    if max_drop < 0: raise ValueError(f'max_drop must not be negative, got {max_drop}. It is in units of the metric: 0.01 is one point of accuracy.')
-    if not math.isfinite(max_drop): raise ValueError(f'max_drop must be finite, got {max_drop}. It is in units of the metric: 0.01 is one point of accuracy.')
-    if isinstance(ratios, str) or not isinstance(ratios, Sequence) or not len(ratios):
-        raise TypeError(f'ratios must be a list of budgets, each in (0, 1], got {ratios!r}.' if isinstance(ratios, (Real, str, Sequence)) else
-                        f'ratios must be a list of budgets, each in (0, 1], got a {type(ratios).__name__}.')
-    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0: raise ValueError(f'refine must be an int of at least 0, got {refine!r}.')
-    for r in ratios: budget(r)
-
-_UNBOUNDED = frozenset('valid_loss loss rmse _rmse exp_rmspe _exp_rmspe mse mae msle perplexity'.split())
-
-def _check_units(max_drop, dense, metric):
-    "Warn where `max_drop` was meant as a percentage"
-    if max_drop >= 1 and 0 <= dense <= 1 and metric not in _UNBOUNDED:
-        _warn_user(f'max_drop={max_drop:g} allows any loss, since {metric} is {dense:.4g}: max_drop is in units of the metric, 0.01 is one point.')
+    def f(ratio):
+        if step > 1 and planned(ratio, round_to=1) is not None: return f' with ranks in multiples of {step}: round_to=1 allows it.'
+        return ', whose ranks are 1 there.'
+    return f
 
 # %% ../../nbs/lowrank/search.ipynb #ce76ebcb
 def rank_find(
@@ -164,16 +58,13 @@ def rank_find(
     "The smallest budget at which `evaluate` loses no more than `max_drop`, and the curve"
     cost = ParamBudget(1., cost=cost).cost          # one table of latencies for all budgets
     def budget(ratio, round_to=round_to): return ParamBudget(ratio, cost=cost, round_to=round_to)
-    _check_search(max_drop, ratios, refine, budget)
+    check_search(max_drop, ratios, refine)
+    for r in ratios: budget(r)                      # wrong ones show before the work begins
     dense = float(evaluate(model))
-    _check_units(max_drop, dense, metric)
-    def good(v): return v >= dense - max_drop - 1e-9 if higher_is_better else v <= dense + max_drop + 1e-9
     plan = make_plan(model, budget(1.), data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types, quiet=True)
     if not any(o.can and o.asked for o in plan.layers):
         raise ValueError('nothing to decompose' + ''.join(f'; {o.name}: {o.reason}' for o in plan.layers[:3]) + '.')
-    sweep = _Sweep(model, plan, evaluate, good, budget)
-    best,why = _search(sweep, ratios, refine)
-    if not sweep.rows: plan.replan(budget(max(ratios)))     # raises: not even the largest is enough for these layers
-    frame = pd.DataFrame(sorted(sweep.rows.values(), key=lambda o: -o['ratio']), columns='ratio params share metric ok'.split())
-    ratio = None if best is None else best['ratio']
-    return RankSuggestion(frame, dense, max_drop, metric, higher_is_better, ratio, None if best is None else sweep.planned(ratio), why)
+    if (planned := _planner(plan, budget))(max(ratios)) is None: plan.replan(budget(max(ratios)))     # raises: not even the largest is enough
+    return find(model, planned, evaluate, dense, max_drop=max_drop, higher_is_better=higher_is_better, metric=metric, ratios=ratios, refine=refine,
+        verb='rank_find', kind=RankSuggestion, tight=_tight(planned, round_to),
+        size=(lambda p: p.params_after) if cost == 'params' else (lambda p: tuple(o.rank for o in p.layers)))

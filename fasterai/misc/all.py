@@ -14,6 +14,8 @@ from fasterai.core.convs import *
 from fasterai.core.moments import *
 from fasterai.core.inputs import *
 from fasterai.core.plan import *
+from fasterai.core.report import *
+from fasterai.core.search import *
 from fasterai.lowrank.solve import *
 from fasterai.lowrank.plan import *
 from fasterai.lowrank.decide import *
