@@ -1,6 +1,7 @@
 "Everything public: `from fasterai.misc.all import *`"
 from fasterai.core.modules import *
 from fasterai.core.batches import *
+from fasterai.core.digits import *
 from fasterai.lowrank.calibrate import *
 from fasterai.lowrank.factorize import *
 from fasterai.lowrank.latency import *
@@ -11,3 +12,4 @@ from fasterai.lowrank.report import *
 from fasterai.lowrank.learner import *
 from fasterai.lowrank.checkpoint import *
 from fasterai.lowrank.cli import *
+from fasterai.cli import *
