@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fasterai_decompose']
 
-# %% ../nbs/cli.ipynb #ba29052e
+# %% ../nbs/cli.ipynb #36632072
 import json, os, re, sys, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from fastcore.script import anno_parser
 
-# %% ../nbs/cli.ipynb #d112c654
+# %% ../nbs/cli.ipynb #e3d454a0
 def _check_numbers(rank_ratio, budget, round_to, epochs, finetune_epochs, seed):
     "Raise for a number out of its range"
     if rank_ratio is not None and budget is not None: raise ValueError(f'pass --rank-ratio {rank_ratio:g} or --budget {budget:g}, not both.')
@@ -36,7 +36,7 @@ def _check_arch(arch, arch_args):
     except json.JSONDecodeError as e: raise ValueError(f'--arch-args must be a JSON object, got {arch_args!r} ({e}).') from None
     if not isinstance(kw, dict): raise ValueError(f'--arch-args must be a JSON object, got {arch_args!r}.')
 
-# %% ../nbs/cli.ipynb #43d06ed3
+# %% ../nbs/cli.ipynb #7f8bbc75
 def _check_form(model, arch, weights, checkpoint, allow_pickle, example):
     "Raise for options that do not go together, and for a pickle without consent"
     if checkpoint and (model or weights): raise ValueError('--checkpoint goes with --arch or --layers, not with a learner file or --weights.')
@@ -63,7 +63,7 @@ def _check_out(out, force):
     if not into.is_dir(): raise NotADirectoryError(f'--out {out}: {out.parent} is not a folder.')
     if not os.access(into, os.W_OK | os.X_OK): raise PermissionError(f'--out {out}: no permission to write to {into}.')
 
-# %% ../nbs/cli.ipynb #753b9f84
+# %% ../nbs/cli.ipynb #695c91e8
 def _check_options(model, arch, arch_args, weights, checkpoint, rank_ratio, budget, layers, exclude, skip_unprofitable, round_to, out, force,
                    allow_pickle, epochs, finetune_epochs, seed):
     "Raise one sentence for what can be seen without PyTorch"
@@ -81,7 +81,7 @@ def _check_options(model, arch, arch_args, weights, checkpoint, rank_ratio, budg
     if checkpoint and not Path(checkpoint).exists(): raise FileNotFoundError(f'no such file or folder: {checkpoint} (--checkpoint).')
     if not checkpoint: _check_out(Path(out), force)
 
-# %% ../nbs/cli.ipynb #dd447de4
+# %% ../nbs/cli.ipynb #36b18904
 def fasterai_decompose(
     model: str = None,              # file made by learn.export; leave out for the built-in example (VGG16-bn on digits)
     *,
@@ -108,7 +108,7 @@ def fasterai_decompose(
     from fasterai.lowrank.cli import run_job    # imports PyTorch and fastai, which takes seconds
     return run_job(**opts, say=_say)
 
-# %% ../nbs/cli.ipynb #5b42817a
+# %% ../nbs/cli.ipynb #aedfe9d7
 _VALUE = r"(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\([^)]*\)|\d+(?:\.\d+)?(?:e-?\d+)?|…)"
 _SPOKEN = (     # Python -> option, in this order
     (rf"ParamBudget\(({_VALUE})(?:, round_to=(\d+))?\)", lambda m: f'--budget {m[1]}' + (f' --round-to {m[2]}' if m[2] else '')),
@@ -139,7 +139,7 @@ def _say(s):
     sys.stdout.write(_as_options(str(s)) + '\n')
     sys.stdout.flush()
 
-# %% ../nbs/cli.ipynb #a052242e
+# %% ../nbs/cli.ipynb #18201bb8
 _NOISE = (('.*torch.jit', FutureWarning), ('.*torch.jit', DeprecationWarning), ('.*CUDA', UserWarning), ('.*NVIDIA driver', UserWarning),
           ('.*mode.chained_assignment', Warning), ('.*pin_memory', UserWarning), ('.*DataLoader will create', UserWarning), ('.*weights_only', FutureWarning))
 
@@ -154,7 +154,7 @@ def _quiet() -> Iterator[None]:
         warnings.showwarning = _show
         yield
 
-# %% ../nbs/cli.ipynb #5537b16c
+# %% ../nbs/cli.ipynb #501994fc
 def _parser():
     "The parser of the options; its errors are ValueErrors"
     p = anno_parser(fasterai_decompose, prog='fasterai_decompose', pos=['model'])
@@ -176,7 +176,7 @@ def _sentence(e):
     if isinstance(e, OSError) and e.strerror: return f'{e.strerror}: {e.filename}' if e.filename else e.strerror
     return _as_options(' '.join(str(e).split()))
 
-# %% ../nbs/cli.ipynb #ef8b4e44
+# %% ../nbs/cli.ipynb #90b139c3
 def main(
     argv: list[str]|None = None, # arguments; None for those of the process
 ) -> int:                       # 0, 2 for a wrong option or file, 130 for Ctrl-C

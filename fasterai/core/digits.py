@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['digits_dls']
 
-# %% ../../nbs/core/digits.ipynb #723775c7
+# %% ../../nbs/core/digits.ipynb #86fb5049
 import numpy as np
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders

@@ -29,7 +29,7 @@ from ..core.modules import _umask, _warn_user, count_params
 from .checkpoint import decompose_checkpoint
 from .learner import SelfDistillation
 from .plan import DecompositionPlan, make_plan
-from .ranks import ParamBudget, RankRatio
+from .ranks import ParamBudget, mk_policy
 from ..misc.fc_decomposer import FC_Decomposer
 
 # %% ../../nbs/lowrank/cli.ipynb #e7ca16f7
@@ -216,7 +216,7 @@ def _check_before(fc, policy, model):
     plan = make_plan(model, 1, spectra=False, layers=fc.layers, exclude=fc.exclude, types=fc.types, quiet=True)
     rows = [replace(o, spectrum=(1.,)*o.max_rank) for o in plan.layers if o.can and o.asked]    # what is asked depends on shapes alone
     if not rows: raise ValueError('nothing to decompose' + ''.join(f'; {o.name}: {o.reason}' for o in plan.layers[:3]) + '.')
-    for p in (fc.policy, policy): p.ranks(rows)
+    for p in (fc.policy, mk_policy(policy)): p.ranks(rows)
 
 def _trained(dls, model, epochs):
     "Learner with a trained network, without its optimizer, which would take twice the memory of the model"
@@ -230,7 +230,7 @@ def _trained(dls, model, epochs):
 def run_example(
     fc: FC_Decomposer = FC_Decomposer(),    # of the row 'plain SVD'
     *,
-    policy: 'Policy' = ParamBudget(0.05), # of the row 'with activations', for the same layers
+    policy: 'Policy|float|int|Mapping' = ParamBudget(0.05), # of the row 'with activations', for the same layers
     epochs: int = 3,            # of training
     finetune_epochs: int = 1,   # of fine-tuning after plain SVD; 0 for none
     seed: int = 42,
