@@ -34,7 +34,7 @@ def output(o):
 def parts(c):
     "What the README shows of the cell `c`"
     src = text(c['source'])
-    if c['cell_type'] == 'markdown': return [links(callouts(src, callout), link)]
+    if c['cell_type'] == 'markdown': return [links(callouts(src, callout), link).replace('](images/', '](nbs/images/')]
     opts,code = options(src)
     if c['cell_type'] != 'code' or HIDDEN & opts.keys() or opts.get('include') == 'false': return []
     outs = [] if opts.get('output') == 'false' else [output(o) for o in map(clean, c['outputs']) if o]

@@ -1,19 +1,21 @@
 "What users type: `from fasterai.all import *`, or `from fasterai.misc.all import *`. Everything else is imported from its room."
+from fasterai.cli import fasterai_decompose
 from fasterai.core.batches import Batches, run_batches
 from fasterai.core.calibrate import Calibration, calibrate
+from fasterai.core.digits import digits_dls
 from fasterai.core.distill import SelfDistillation, SoftTargets
 from fasterai.core.latency import LatencyTable
-from fasterai.core.modules import LowRankLinear, count_params, find_linears, is_pair
+from fasterai.core.modules import LowRankHead, LowRankLinear, count_params, find_linears, is_pair
 from fasterai.core.plan import Plan
 from fasterai.core.readers import weight_readers
+from fasterai.core.report import ModelComparison, compare_models, plot_tradeoff
 from fasterai.lowrank.checkpoint import decompose_checkpoint, load_decomposed
-from fasterai.lowrank.cli import digits_dls, fasterai_decompose, load_weights, run_example
-from fasterai.lowrank.factorize import break_even, factorize, spectrum
+from fasterai.lowrank.cli import load_weights, run_example
 from fasterai.lowrank.decide import make_plan, plot_spectra
+from fasterai.lowrank.factorize import break_even, factorize, spectrum
 from fasterai.lowrank.plan import DecompositionPlan, LayerPlan, to_dense
 from fasterai.lowrank.ranks import Energy, FixedRank, LayerPolicy, ParamBudget, PerLayer, Policy, RankRatio, mk_policy
 from fasterai.lowrank.refine import refine
-from fasterai.core.report import ModelComparison, compare_models, plot_tradeoff
 from fasterai.lowrank.search import RankSuggestion, rank_find
 from fasterai.misc.fc_decomposer import FC_Decomposer
 import fasterai.lowrank.learner as _learner     # methods of the Learner

@@ -4,6 +4,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fasterai.misc.all import *
+from fasterai.lowrank.ranks import Layer
 
 fixed = settings(derandomize=True, deadline=None, max_examples=80, database=None)
 

@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import SwinTransformer
 from fasterai.misc.all import *
+from fasterai.core.calibrate import NotDifferentiable, oas_shrinkage
+from fasterai.lowrank.factorize import DAMPING, RIDGE
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*(layers grew|singular v|nested tensor):UserWarning')
 RIDGE,DAMPING = 1e-6,1e-2    # what the documentation states

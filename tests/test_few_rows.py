@@ -3,6 +3,7 @@ import warnings
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fasterai.misc.all import *
+from fasterai.core.calibrate import oas_shrinkage
 from fasterai.lowrank.decide import negligible, thin_layers
 
 # ------------------------------------------------------------------ helpers

@@ -7,6 +7,7 @@ from torch import nn
 from fasterai.lowrank import names
 from fasterai.core.files import training_weights, write_atomic
 from fasterai.misc.all import *
+from fasterai.lowrank.cli import write_result
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*layers grew:UserWarning', 'ignore:.*in 8 or 4 bits:UserWarning')
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 import fasterai.core.latency as latency
 from fasterai.misc.all import *
+from fasterai.lowrank.ranks import Layer
 
 fixed = settings(derandomize=True, deadline=None, max_examples=80, database=None)
 

@@ -18,6 +18,7 @@ from fasterai.core import batches
 from fasterai.core.batches import _Bar
 from fasterai.lowrank.cli import digits_dls
 from fasterai.misc.all import *
+from fasterai.lowrank.search import RATIOS
 
 matplotlib.use('agg')
 pytestmark = [pytest.mark.filterwarnings('ignore:.*(layers grew|singular v|GradScaler is enabled|CUDA is not available|nothing to decompose):UserWarning'),

@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .files import _atomic
 from .modules import _double, find_linears, select
 from .batches import _short, run_batches
@@ -301,11 +302,14 @@ def _rows(t, keep):
 def probe(self:_Collector, s, y):
     "Remember where the gradient at `y` will be; a `y` that nothing before it needs a gradient for starts the graph"
     if not torch.is_grad_enabled(): return y        # the model itself runs this part without gradients
+    kind = None if type(y) is torch.Tensor or is_traceable_wrapper_subclass(y) else type(y)     # such as fastai's TensorImage
+    if kind: y = y.as_subclass(torch.Tensor)
     if not y.requires_grad: y = y.detach().requires_grad_().clone()
-    if self.replay: return y
+    elif y._is_view(): y = y.clone()        # where a view is changed in place, gradients no longer pass its edge
+    if self.replay: return y.as_subclass(kind) if kind else y
     self.probed.add(s.name)
     self.edges.append((s, get_gradient_edge(y), y.shape, self.last[2], self.last[4]))   # an edge stays right where `y` is changed in place later
-    return y
+    return y.as_subclass(kind) if kind else y
 
 @patch
 def backward(self:_Collector, zs, vs=None, scaled=True):
