@@ -600,7 +600,7 @@ def _owner(rank, src, dst):
 
 # ------------------------------------------------------------------ the command
 
-SCRIPT = 'import sys\nfrom fasterai.lowrank.cli import fasterai_decompose\nsys.exit(fasterai_decompose())\n'
+SCRIPT = 'import sys\nfrom fasterai.cli import main\nsys.exit(main())\n'
 
 @pytest.mark.slow
 def test_command_under_torchrun(tmp_path):

@@ -701,9 +701,9 @@ def test_table_sorts_as_numbers():
     assert list(df.sort_values('rank').layer) == ['1', '0'] and list(df.sort_values('error').layer) == ['0', '1']
 
 def test_index_of_a_container_is_an_error():
-    with pytest.raises(ValueError, match="'classifier' is not a layer; below it lie 'classifier.0', 'classifier.2'"):
+    with pytest.raises(ValueError, match="'classifier' has no row of its own; below it lie 'classifier.0', 'classifier.2'"):
         FC_Decomposer().plan(named())['classifier']
-    with pytest.raises(TypeError, match='indexed by the name of a layer, got 0'): FC_Decomposer().plan(named())[0]
+    with pytest.raises(TypeError, match='indexed by a name, got 0'): FC_Decomposer().plan(named())[0]
 
 def test_root_has_the_empty_name():
     plan = FC_Decomposer(.5, layers='').plan(nn.Linear(8, 8))

@@ -132,7 +132,8 @@ def test_warns_of_growth_only(r):
     says = [str(w.message) for w in r.warned_full]
     if r.names: assert len(says) == 1 and f'{len(r.names)} of {len(r.names)} layers grew' in says[0]
     else: assert len(says) == 1 and says[0].startswith('nothing to decompose')
-    assert [str(w.message) for w in r.warned] == ([] if r.names else says)
+    half = [str(w.message) for w in r.warned if ' to save ' not in str(w.message)]     # thin heads, which have a test of their own
+    assert half == ([] if r.names else says)
 
 def test_trains(r):
     "A gradient arrives in every factor where it did in the dense layer, and nowhere else"

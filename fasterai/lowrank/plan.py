@@ -75,7 +75,7 @@ class LayerPlan(Layer, Row):
     @classmethod
     def from_dict(cls, d: dict) -> 'LayerPlan':
         lists = {k: None if d[k] is None else tuple(map(float, d[k])) for k in ('spectrum','errors') if k in d}
-        o = super().from_dict(d | lists)
+        o = super().from_dict(d | lists | dict(aliases=tuple(d['aliases'])))
         if o.rank is not None: _valid(o.rank, o)
         return o
 
