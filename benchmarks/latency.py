@@ -11,7 +11,8 @@ from fastcore.script import call_parse, store_true
 from torch import nn
 import fasterai
 from fasterai.core.latency import _time_layer
-from fasterai.misc.all import FC_Decomposer, LatencyTable, Layer, ParamBudget
+from fasterai.lowrank.ranks import Layer
+from fasterai.misc.all import FC_Decomposer, LatencyTable, ParamBudget
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from decompose import _cpu
 from quality import _log, _md
