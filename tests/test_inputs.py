@@ -11,7 +11,8 @@ from fasterai.core.convs import conv_patches, find_convs
 from fasterai.core.inputs import InputCollector, Inputs, collect_inputs
 from fasterai.core.modules import find_linears
 from fasterai.core.moments import block_sizes
-from fasterai.core.calibrate import calibrate, _Collector, _finish, _hooked
+from fasterai.core.calibrate import calibrate, _LayerCollector, _finish
+from fasterai.core.hooks import _hooked
 from test_distributed import run
 
 D = torch.float64
@@ -65,12 +66,36 @@ def test_many_batches_pass_through_the_buffer(monkeypatch):
     net,data = nn.Sequential(nn.Linear(5, 3)).double(),[randn(n, 5, seed=n) + n for n in (3, 30, 1, 17)]
     check(collect_inputs(net, data)['0'], torch.cat(data))
 
-def test_shrinkage_is_that_of_scikit_learn():
+def test_shrinkage_is_that_of_calibrate():
+    "Which is that of scikit-learn, corrected for few rows"
     net,x = nn.Sequential(nn.Linear(12, 3)).double(),randn(9, 12)*torch.arange(1, 13) + 1
-    st,(want,lam) = collect_inputs(net, x)['0'],oas(x.numpy())
-    assert st.shrink == pytest.approx(lam)
-    close(st.shrunk()[0], torch.from_numpy(want))
-    close(st.second(shrink=True)[0], torch.from_numpy(want) + torch.outer(x.mean(0), x.mean(0)))
+    st,C = collect_inputs(net, x)['0'],x.T.cov(correction=0)
+    tr,tr2,v = C.trace().item(),C.square().sum().item(),8
+    assert st.shrink == pytest.approx(((v-2)*tr2 + v*tr**2)/((v-1)*(v+2)*(tr2 - tr**2/12))) == pytest.approx(calibrate(net, x)['0'].shrink)
+    want = (1 - st.shrink)*C + st.shrink*tr/12*torch.eye(12, dtype=D)
+    close(st.shrunk()[0], want)
+    close(st.second(shrink=True)[0], want + torch.outer(x.mean(0), x.mean(0)))
+    x = randn(2000, 12)*torch.arange(1, 13)
+    assert collect_inputs(net, x)['0'].shrink == pytest.approx(oas(x.numpy())[1], rel=.01)
+
+@pytest.mark.parametrize('N', [2, 9, 70])
+def test_few_rows_are_judged_as_in_calibrate(N):
+    net,x = nn.Sequential(nn.Linear(12, 15)).double(),randn(N, 12)*torch.arange(1, 13) + 1
+    for data in (x, [x]*5, [torch.cat([x, x*torch.nan])]):
+        st,want = collect_inputs(net, data)['0'],calibrate(net, data)['0']
+        for k in ('rows', 'dropped', 'distinct', 'independent', 'varies', 'few'): assert getattr(st, k) == getattr(want, k), k
+        for k in ('trust', 'trace', 'shrink'): assert getattr(st, k) == pytest.approx(getattr(want, k), rel=1e-9), k
+        assert st.few == (N < 12) and st.independent == N
+
+def test_one_shrinkage_for_blocks_of_equal_kind_is_their_own():
+    "Two blocks with the same rows have the shrinkage of one"
+    x = randn(40, 4)
+    net = nn.Sequential(nn.Linear(8, 3)).double()
+    [a] = collect_inputs(net, torch.cat([x, x], 1), block=3).values()
+    assert a.sizes == (3, 3, 2)
+    [a] = collect_inputs(nn.Sequential(nn.Conv1d(8, 2, 1, groups=2)).double(), torch.cat([x, x], 1)[...,None], patches=True).values()
+    [b] = collect_inputs(nn.Sequential(nn.Linear(4, 3)).double(), x).values()
+    assert a.sizes == (4, 4) and a.shrink == pytest.approx(b.shrink)
 
 def test_one_row_and_constant_rows():
     net = nn.Sequential(nn.Linear(4, 3)).double()
@@ -104,9 +129,9 @@ def test_under_autocast():
     check(ins['1'], torch.cat(x), tol=1e-5)
     check(ins['3'], torch.cat(y).movedim(1, -1).flatten(0, 1), tol=1e-5)
 
-def test_inputs_that_overflow_are_named():
+def test_inputs_that_would_overflow_are_dropped():
     net = nn.Sequential(nn.Linear(3, 2)).double()
-    assert collect_inputs(net, randn(5, 3)*1e200).missing == {'0': 'its inputs overflow'}
+    for f in (collect_inputs, calibrate): assert f(net, randn(5, 3)*1e200).missing == {'0': 'none of its 5 rows is finite'}
 
 # ------------------------------------------------------------------ masks, non-finite rows, layers that are not reached
 
@@ -319,7 +344,7 @@ def test_a_layer_that_is_called_twice():
 def test_attached_to_the_pass_of_calibrate():
     net,data = Tokens().double().eval(),[dict(x=randn(3, 6, 5, seed=i), attention_mask=torch.ones(3, 6)) for i in range(3)]
     lin = [s for s in find_linears(net) if not s.reason]
-    a,b = _Collector(lin, 'full', 0),InputCollector(lin + find_convs(net), patches=['conv'])
+    a,b = _LayerCollector(lin, 'full', 0),InputCollector(lin + find_convs(net), patches=['conv'])
     with _hooked(net, a), _hooked(net, b):
         for d in data: net(**d)
     a.commit()

@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.modules import _double, count_params, is_pair
 from ..core.batches import _Bar, _rng_kept, Batches, left_as_found
-from ..core.calibrate import _Collector, _Moments, _hooked, _outputs, _rows
+from ..core.collect import _Collector, _outputs, _rows
+from ..core.hooks import _hooked
+from ..core.sums import _Moments
 from ..core.latency import _latencies
 from .decide import make_plan
 from .plan import DecompositionPlan

@@ -6,12 +6,15 @@ from fasterai.core.modules import *
 from fasterai.core.check import *
 from fasterai.core.batches import *
 from fasterai.core.budget import *
+from fasterai.core.sums import *
+from fasterai.core.moments import *
+from fasterai.core.hooks import *
+from fasterai.core.collect import *
 from fasterai.core.calibrate import *
 from fasterai.lowrank.factorize import *
 from fasterai.core.latency import *
 from fasterai.lowrank.ranks import *
 from fasterai.core.convs import *
-from fasterai.core.moments import *
 from fasterai.core.inputs import *
 from fasterai.core.plan import *
 from fasterai.lowrank.solve import *
