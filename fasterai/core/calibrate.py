@@ -10,19 +10,22 @@ import json, os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 import pandas as pd, torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from .batches import _short
-from .collect import MAX_DENSE_SENS, NotDifferentiable, Sensitivity, _Collector, _fine, _PerLayer, _rows, _sens, _watch    # some only to be offered here, too
+from .collect import _VERSION, Sensitivity, _Collector, _fine, _opened, _PerLayer, _rows, _sens, _watch
+from .collect import MAX_DENSE_SENS, NotDifferentiable     # to be found here, too
 from .distributed import world
 from .files import _atomic
+from .inputs import Inputs, _inputs_of, _unpacked
 from .modules import _double, find_linears, select
 from .moments import _Counted
-from .sums import _exact_products, _merge, _Moments, _pooled, oas_shrinkage
+from .sums import _exact_products, _merge, _Moments, _pooled
+from .sums import oas_shrinkage     # to be found here, too
 
 # %% ../../nbs/core/calibrate.ipynb #108a612e
 @dataclass(frozen=True, eq=False)
@@ -43,13 +46,19 @@ class LayerStats(_Counted):
 
 class Calibration(_PerLayer):
     "Statistics of all layers that were reached: name -> `LayerStats`"
-    def __init__(self, layers: Mapping[str,LayerStats], *, batches: int = 0, missing: Mapping[str,str]|None = None, sensitivity: str = ''):
-        self.layers,self.batches,self.missing,self.sensitivity = dict(layers),batches,dict(missing or {}),sensitivity
+    def __init__(self, layers: Mapping[str,LayerStats], *, batches: int = 0, missing: Mapping[str,str]|None = None, sensitivity: str = '',
+                 inputs: Inputs|None = None):
+        self.layers,self.batches,self.missing,self.sensitivity,self.inputs = dict(layers),batches,dict(missing or {}),sensitivity,inputs
+    @property
+    def title(self) -> str: return super().title + (f'; inputs: {self.inputs.title}' if self.inputs is not None else '')
     def to_frame(self) -> pd.DataFrame:
-        "One row per layer"
-        return pd.DataFrame([dict(layer=n or '(the model)', rows=o.rows, dropped=o.dropped, features=len(o.mean), shrinkage=o.shrink,
-            sensitivity='' if o.sens is None else ('full','diag')[o.sens.ndim == 1]) for n,o in self.items()],
-            columns='layer rows dropped features shrinkage sensitivity'.split())
+        "One row per layer, then those of which only inputs are known"
+        ins = self.inputs if self.inputs is not None else Inputs({})
+        rows = [(n, o, o.sens) for n,o in self.items()] + [(n, o, ins.sens.get(n)) for n,o in ins.items() if n not in self]
+        res = pd.DataFrame([dict(layer=n or '(the model)', rows=o.rows, dropped=o.dropped, features=len(o.mean), shrinkage=o.shrink,
+            sensitivity='' if H is None else ('full','diag')[H.ndim == 1], inputs=ins[n].kind if n in ins else '') for n,o,H in rows],
+            columns='layer rows dropped features shrinkage sensitivity inputs'.split())
+        return res if self.inputs is not None else res.drop(columns='inputs')
 
 # %% ../../nbs/core/calibrate.ipynb #e5e1fe34
 _SHARE_UP_TO = 1024     # larger square layers: going from the inputs' covariance to the outputs' would take longer than collecting it
@@ -103,7 +112,7 @@ def pool(self:_LayerCollector):
     self.inputs,self.outputs = (_pooled(o, self.device) for o in (self.inputs, self.outputs))
     _Collector.pool(self)
 
-def _finish(col, batches):
+def _finish(col, batches, inputs=None):
     "Statistics from sums"
     res,missing = {},{}
     for name,s in col.sites.items():
@@ -118,7 +127,7 @@ def _finish(col, batches):
         lost = max(0, col.grads[name][1] - col.grads[name][0] - col.dropped[name])
         res[name] = LayerStats(x.n, x.mean(), cov, x.trace(), x.shrinkage(), col.dropped[name], x.n/max(1, col.items), H, h, lam, x.distinct(), lost)
         col.outputs.pop(name, None)     # sums are large: free what has been used
-    return Calibration(res, batches=batches, missing=missing, sensitivity=(col.sensitivity or '') + (' of a loss' if col.probes is None else ''))
+    return Calibration(res, batches=batches, missing=missing, inputs=inputs, sensitivity=(col.sensitivity or '') + (' of a loss' if col.probes is None else ''))
 
 # %% ../../nbs/core/calibrate.ipynb #f1c54eee
 def calibrate(
@@ -130,7 +139,10 @@ def calibrate(
     sensitivity: Sensitivity|None = None,    # also collect H: 'full', 'diag', or None for not at all
     loss: Callable|None = None,              # loss(output, *targets) whose gradients make H; None for random cotangents of the output
     seed: int = 0,                           # of the cotangents
-    types: Iterable[type] = (),              # subclasses of nn.Linear to treat as nn.Linear
+    types: Iterable[type] = (),              # subclasses of nn.Linear to treat as nn.Linear; with `inputs`, of convolutions too
+    inputs: bool|str|Iterable[str] = False,  # also collect `Inputs`: True for all fully-connected layers and convolutions, or names of layers
+    patches: bool|str|Iterable[str] = False, # of `inputs`, convolutions whose patches are rows, as in `collect_inputs`
+    outputs: Literal['diag','full']|None = None, # of the layers in `inputs`, moments of the outputs too, as in `collect_inputs`
 ) -> Calibration:
     "Run `model` over `data` and collect what `FC_Decomposer.plan` and `decompose` need to know about its layers"
     sensitivity = {True: 'full', False: None}.get(sensitivity, sensitivity)
@@ -140,15 +152,18 @@ def calibrate(
     if layers is not None:
         chosen = select({s.name: s.names for s in sites}, layers, 'layers')
         sites = [s for s in sites if s.name in chosen]
-    return _collect(model, data, sites, n_batches, sensitivity, loss, seed)
+    if not inputs and (patches or outputs): raise ValueError('patches= and outputs= are about the layers in inputs=: pass inputs=True or names too.')
+    more = [_inputs_of(model, None if inputs is True else inputs, patches, outputs, sensitivity, types=types, arg='inputs')] if inputs else []
+    return _collect(model, data, sites, n_batches, sensitivity, loss, seed, more)
 
-def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, seed=0):
-    col = _LayerCollector(sites, sensitivity, None if loss else seed)
+def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, seed=0, more=()):
+    col = _LayerCollector(sites, sensitivity, None if loss else seed, more)
     if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait for each other
-    return _finish(col, _watch(model, data, col, n_batches, loss))
+    n = _watch(model, data, col, n_batches, loss)
+    return _finish(col, n, next((c.finish(n) for c in more), None))
 
 # %% ../../nbs/core/calibrate.ipynb #5542780a
-_TYPE,_VERSION = 'fasterai.Calibration','1'
+_TYPE = 'fasterai.Calibration'
 
 @patch
 def save(self:Calibration, 
@@ -160,6 +175,9 @@ def save(self:Calibration,
     tensors = {f'{n}/{k}': t.contiguous().clone() for n,o in self.items() for k in ('mean','cov','sens') if (t := getattr(o, k)) is not None}
     rows = {n: {f.name: v for f in fields(o) if not isinstance(v := getattr(o, f.name), torch.Tensor)} for n,o in self.items()}
     meta = dict(type=_TYPE, version=_VERSION, layers=json.dumps(rows), missing=json.dumps(self.missing), batches=str(self.batches), sensitivity=self.sensitivity)
+    if self.inputs is not None:
+        more,meta['inputs'] = self.inputs._packed()
+        tensors |= {f'inputs/{k}': t for k,t in more.items()}
     with _atomic(path, overwrite) as tmp: save_file(tensors, tmp, meta)
     return Path(path)
 
@@ -168,13 +186,8 @@ def load(cls:Calibration,
     path: str|os.PathLike,   # a file written by `save`
 ) -> Calibration:
     "Read statistics"
-    try:
-        with safe_open(path, 'pt') as f:
-            meta = f.metadata() or {}
-            if meta.get('type') != _TYPE: raise ValueError(f'{path} holds no statistics: its type is {meta.get("type")!r}, not {_TYPE!r}.')
-            if meta.get('version') != _VERSION: raise ValueError(f'{path} has version {meta.get("version")!r}, this fasterai reads {_VERSION}.')
-            layers = {n: LayerStats(**row | {k: f.get_tensor(f'{n}/{k}') for k in ('mean','cov','sens') if f'{n}/{k}' in f.keys()})
-                      for n,row in json.loads(meta['layers']).items()}
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f'{path} is not a readable file of statistics: {e}.') from None
-    return cls(layers, batches=int(meta['batches']), missing=json.loads(meta['missing']), sensitivity=meta['sensitivity'])
+    with _opened(path, _TYPE, 'statistics') as (f, meta):
+        t = {k: f.get_tensor(k) for k in f.keys()}
+        layers = {n: LayerStats(**row | {k: t[f'{n}/{k}'] for k in ('mean','cov','sens') if f'{n}/{k}' in t}) for n,row in json.loads(meta['layers']).items()}
+        ins = _unpacked({k.removeprefix('inputs/'): o for k,o in t.items()}, meta['inputs']) if 'inputs' in meta else None
+        return cls(layers, batches=int(meta['batches']), missing=json.loads(meta['missing']), sensitivity=meta['sensitivity'], inputs=ins)

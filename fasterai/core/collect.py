@@ -6,11 +6,13 @@
 __all__ = ['Sensitivity', 'MAX_DENSE_SENS', 'NotDifferentiable']
 
 # %% ../../nbs/core/collect.ipynb #86cc2298
+import json
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Literal
 import torch
 from fastcore.basics import patch
+from safetensors import SafetensorError, safe_open
 from torch.autograd.graph import get_gradient_edge
 from .batches import run_batches
 from .convs import _features_last
@@ -147,13 +149,25 @@ def end(self:_Collector, z):
     self.batch = len(zs[0]) if zs else 1
     self.items += self.batch
     if not self.sensitivity or self.probes is None: return
-    live = [(i, o) for i,o in enumerate(zs) if o.requires_grad]
+    live = [(i, o) for i,o in enumerate(zs) if self.leads(o)]
     if not live: raise NotDifferentiable('autograd cannot follow its output back to a fully-connected layer')
     rank,size = world()
     rng,self.calls = torch.Generator().manual_seed(self.probes + self.calls*size + rank),self.calls + 1  # the same for a batch, whoever has it
     vs = [self._cotangent(i, o, rng, len(live) > 1) for i,o in live]
     try: self.backward([o for _,o in live], vs, len(live) > 1)
     except RuntimeError as e: raise NotDifferentiable(str(e).splitlines()[0]) from e
+
+@patch
+def leads(self:_Collector, z):
+    "Can autograd follow `z` back to a layer of this collector? Layers that further ones watch must not change what it collects"
+    if not z.requires_grad or not self.extra or not self.edges: return z.requires_grad
+    todo,seen,ends = [z.grad_fn],set(),{o[1].node for o in self.edges}
+    while todo:
+        if (f := todo.pop()) in ends: return True
+        if f is None or f in seen: continue
+        seen.add(f)
+        todo += [o for o,_ in f.next_functions]
+    return False
 
 def _variation(z):
     "What an error of the outputs of moments `z` is relative to: Σ‖z - mean‖²/N, or Σ‖z‖²/N where they do not vary"
@@ -188,7 +202,7 @@ def _watch(model, data, col, n_batches=None, loss=None, progress='calibrate') ->
                 n += 1
                 if loss is None: continue
                 with torch.enable_grad(): value = loss(z, *targets)*col.batch     # a mean over the batch, as losses are: back to the sum
-                if not value.requires_grad: raise NotDifferentiable('autograd cannot follow the loss back to a fully-connected layer')
+                if not col.leads(value): raise NotDifferentiable('autograd cannot follow the loss back to a fully-connected layer')
                 col.backward([value])
         for c in col.all: c.commit()
     if not (n := sum(gathered(n))): raise ValueError('data has no batches.')
@@ -232,6 +246,8 @@ def _sens(col, s):
     return sum(o.H()*f for o,f in parts)/n, square/n/s.out_features, max((o for o,_ in parts), key=lambda o: o.n).shrinkage(most)
 
 # %% ../../nbs/core/collect.ipynb #c1fd0066
+_VERSION = '1'      # of the files
+
 class _PerLayer(Mapping):
     "name -> what was seen of a layer, for all `layers` that were reached in `batches`; `missing`: why others were not"
     def __getitem__(self, name: str): return self.layers[name]
@@ -242,3 +258,15 @@ class _PerLayer(Mapping):
         return f'{len(self)} layers, {self.batches} batch{"es"[:2*(self.batches != 1)]}' + ''.join(f'; {n}: {why}' for n,why in self.missing.items())
     def __repr__(self): return f'{self.title}\n{self.to_frame().to_string(index=False)}'
     def _repr_html_(self): return f'<p>{self.title}</p>{self.to_frame().to_html(index=False, border=0)}'
+
+@contextmanager
+def _opened(path, type, what):
+    "The file of `type` at `path` and its metadata; what cannot be read in it is an error that names it"
+    try:
+        with safe_open(path, 'pt') as f:
+            meta = f.metadata() or {}
+            if (o := meta.get('type')) != type: raise ValueError(f'{path} holds no {what}: its type is {o!r}, not {type!r}.')
+            if (o := meta.get('version')) != _VERSION: raise ValueError(f'{path} has version {o!r}, this fasterai reads {_VERSION}.')
+            yield f, meta
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f'{path} is not a readable file of {what}: {e}.') from None

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Literal
 import pandas as pd, torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from .collect import Sensitivity, _Collector, _PerLayer, _rows, _sens, _watch
+from .collect import _VERSION, Sensitivity, _Collector, _opened, _PerLayer, _rows, _sens, _watch
 from .convs import ConvSite, _features_last, _patch_slices, conv_patches, find_convs
 from .distributed import world
 from .files import _atomic
@@ -70,9 +69,10 @@ class InputCollector(_Collector):
         sensitivity: Sensitivity|None = None,    # also collect H of the outputs (m, m), or its diagonal
         block: int = BLOCK,                      # see `block_sizes`
         seed: int = 0,                           # of the cotangents
+        missing: Mapping[str,str]|None = None,   # layers that are not watched, with the reason
     ):
         super().__init__(list(sites), sensitivity, seed)
-        self.wanted,self.block = outputs,block
+        self.wanted,self.block,self.missing = outputs,block,dict(missing or {})
         self.views = {s.name: _view(s, s.name in patches) for s in self.sites.values()}
         self.open,self.blocks,self.outs = [],{},{}
 
@@ -163,12 +163,9 @@ def pool(self:InputCollector):
     self.blocks,self.outs = (_pooled(o, self.device) for o in (self.blocks, self.outs))
 
 @patch
-def finish(self:InputCollector, 
-    batches: int,
-    missing: Mapping[str,str]|None = None, # layers that are not in this collector, with the reason
-) -> Inputs:
+def finish(self:InputCollector, batches: int) -> Inputs:
     "What was collected; uses it up"
-    res,missing = {},dict(missing or {})
+    res,missing = {},dict(self.missing)
     parts = {n: tuple(k for k,a in self.blocks.items() if n in k[1] and a.n) for n in self.sites}
     order = sorted(set(parts.values()), key=len, reverse=True)    # sums that are used alone are used up
     made = {ks: _merge([self.blocks[k] for k in ks]).result(ks[0][0][0]) for ks in order if ks}
@@ -194,25 +191,50 @@ def collect_inputs(
     types: Iterable[type] = (),               # subclasses of layers to treat as these
 ) -> Inputs:
     "Run `model` over `data` and collect the moments of what goes into its layers"
+    if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait
+    col = _inputs_of(model, layers, patches, outputs, sensitivity, seed, types, block)
+    return col.finish(_watch(model, data, col, n_batches, progress='inputs'))
+
+def _inputs_of(model, layers, patches=False, outputs=None, sensitivity=None, seed=0, types=(), block=BLOCK, arg='layers'):
+    "Collector of the inputs of `layers`, None for all, after a check of the arguments"
     for k,v in (('outputs', outputs), ('sensitivity', sensitivity)):
         if v not in (None, 'full', 'diag'): raise ValueError(f"{k} must be 'full', 'diag' or None, got {v!r}.")
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f'block must be an int of at least 1, got {block!r}.')
-    if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait
     types = tuple(types)
     sites = find_linears(model, types=types) + find_convs(model, types=types)
     by_name = {s.name: s.names for s in sites}
-    chosen = by_name if layers is None else select(by_name, layers, 'layers')
+    chosen = by_name if layers is None else select(by_name, layers, arg)
     convs = {s.name: s.names for s in sites if isinstance(s, ConvSite)}
     if patches and not convs: raise ValueError(f'patches={patches!r}: the model has no convolution.')
     patched = set(convs if patches is True else () if patches is False else select(convs, patches, 'patches'))
     left = {s.name: s.reason for s in sites if s.name in chosen and s.reason and layers is not None}
     sites = [s for s in sites if s.name in chosen and not s.reason]
-    col = InputCollector(sites, patches=patched, outputs=outputs, sensitivity=sensitivity, block=block, seed=seed)
-    return col.finish(_watch(model, data, col, n_batches, progress='inputs'), left)
+    return InputCollector(sites, patches=patched, outputs=outputs, sensitivity=sensitivity, block=block, seed=seed, missing=left)
 
 # %% ../../nbs/core/inputs.ipynb #25591d59
-_TYPE,_VERSION = 'fasterai.Inputs','1'
+_TYPE = 'fasterai.Inputs'
+
+@patch
+def _packed(self:Inputs):
+    "Tensors, each once, and JSON that says where they belong"
+    ids,tensors,rows = {},{},{}
+    def ref(t):
+        tensors[k := str(ids.setdefault(id(t), len(ids)))] = t.contiguous()
+        return k
+    for part in ('layers','outputs'):
+        rows[part] = {n: {f.name: ref(v) if isinstance(v := getattr(o, f.name), torch.Tensor) else v for f in fields(o)}
+                      for n,o in getattr(self, part).items()}
+    rows['sens'] = {n: ref(H) for n,H in self.sens.items()}
+    return tensors, json.dumps(dict(rows=rows, missing=self.missing, batches=self.batches))
+
+def _unpacked(t, text):
+    "`Inputs` from tensors and JSON"
+    meta = json.loads(text)
+    rows = meta['rows']
+    layers,outs = ({n: Moments(**o | dict(mean=t[o['mean']], cov=t[o['cov']], sizes=tuple(o['sizes']))) for n,o in rows[k].items()}
+                   for k in ('layers','outputs'))
+    return Inputs(layers, outputs=outs, sens={n: t[k] for n,k in rows['sens'].items()}, batches=meta['batches'], missing=meta['missing'])
 
 @patch
 def save(self:Inputs, 
@@ -221,16 +243,8 @@ def save(self:Inputs,
     overwrite: bool = False, # replace an existing file?
 ) -> Path:
     "Write the moments as safetensors"
-    ids,tensors,rows = {},{},{}
-    def ref(t):
-        tensors[k := str(ids.setdefault(id(t), len(ids)))] = t
-        return k
-    for part in ('layers','outputs'):
-        rows[part] = {n: {f.name: ref(v) if isinstance(v := getattr(o, f.name), torch.Tensor) else v for f in fields(o)}
-                      for n,o in getattr(self, part).items()}
-    rows['sens'] = {n: ref(H) for n,H in self.sens.items()}
-    meta = dict(type=_TYPE, version=_VERSION, rows=json.dumps(rows), missing=json.dumps(self.missing), batches=str(self.batches))
-    with _atomic(path, overwrite) as tmp: save_file({k: t.contiguous() for k,t in tensors.items()}, tmp, meta)
+    tensors,text = self._packed()
+    with _atomic(path, overwrite) as tmp: save_file(tensors, tmp, dict(type=_TYPE, version=_VERSION, inputs=text))
     return Path(path)
 
 @patch(cls_method=True)
@@ -238,15 +252,4 @@ def load(cls:Inputs,
     path: str|os.PathLike,   # a file written by `save`
 ) -> Inputs:
     "Read moments"
-    try:
-        with safe_open(path, 'pt') as f:
-            meta = f.metadata() or {}
-            if (o := meta.get('type')) != _TYPE: raise ValueError(f'{path} holds no moments of inputs: its type is {o!r}, not {_TYPE!r}.')
-            if (o := meta.get('version')) != _VERSION: raise ValueError(f'{path} has version {o!r}, this fasterai reads {_VERSION}.')
-            t,rows = {k: f.get_tensor(k) for k in f.keys()},json.loads(meta['rows'])
-        layers,outs = ({n: Moments(**o | dict(mean=t[o['mean']], cov=t[o['cov']], sizes=tuple(o['sizes']))) for n,o in rows[k].items()}
-                       for k in ('layers','outputs'))
-        sens,missing = {n: t[k] for n,k in rows['sens'].items()},json.loads(meta['missing'])
-        return cls(layers, outputs=outs, sens=sens, batches=int(meta['batches']), missing=missing)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f'{path} is not a readable file of moments: {e}.') from None
+    with _opened(path, _TYPE, 'moments of inputs') as (f, meta): return _unpacked({k: f.get_tensor(k) for k in f.keys()}, meta['inputs'])
