@@ -1,17 +1,17 @@
 "Moments of inputs, outputs and gradients against plain hooks, torch.cov and F.unfold in float64"
 import copy, json
 from collections import OrderedDict
-import pytest, torch, torch.nn.functional as F, transformers as hf
+from dataclasses import fields
+import pytest, torch, torch.nn.functional as F, torch.utils.checkpoint, transformers as hf
 from sklearn.covariance import oas
 from torch import nn
 from torch.ao.nn import qat
 from torchvision.models import resnet18
 from fasterai.core import convs, moments
 from fasterai.core.convs import conv_patches, find_convs
-from fasterai.core.inputs import InputCollector, Inputs, collect_inputs
-from fasterai.core.modules import find_linears
+from fasterai.core.inputs import Inputs, collect_inputs
 from fasterai.core.moments import block_sizes
-from fasterai.core.calibrate import calibrate, _Collector, _finish, _hooked
+from fasterai.core.calibrate import Calibration, NotDifferentiable, calibrate
 from test_distributed import run
 
 D = torch.float64
@@ -65,12 +65,36 @@ def test_many_batches_pass_through_the_buffer(monkeypatch):
     net,data = nn.Sequential(nn.Linear(5, 3)).double(),[randn(n, 5, seed=n) + n for n in (3, 30, 1, 17)]
     check(collect_inputs(net, data)['0'], torch.cat(data))
 
-def test_shrinkage_is_that_of_scikit_learn():
+def test_shrinkage_is_that_of_calibrate():
+    "Which is that of scikit-learn, corrected for few rows"
     net,x = nn.Sequential(nn.Linear(12, 3)).double(),randn(9, 12)*torch.arange(1, 13) + 1
-    st,(want,lam) = collect_inputs(net, x)['0'],oas(x.numpy())
-    assert st.shrink == pytest.approx(lam)
-    close(st.shrunk()[0], torch.from_numpy(want))
-    close(st.second(shrink=True)[0], torch.from_numpy(want) + torch.outer(x.mean(0), x.mean(0)))
+    st,C = collect_inputs(net, x)['0'],x.T.cov(correction=0)
+    tr,tr2,v = C.trace().item(),C.square().sum().item(),8
+    assert st.shrink == pytest.approx(((v-2)*tr2 + v*tr**2)/((v-1)*(v+2)*(tr2 - tr**2/12))) == pytest.approx(calibrate(net, x)['0'].shrink)
+    want = (1 - st.shrink)*C + st.shrink*tr/12*torch.eye(12, dtype=D)
+    close(st.shrunk()[0], want)
+    close(st.second(shrink=True)[0], want + torch.outer(x.mean(0), x.mean(0)))
+    x = randn(2000, 12)*torch.arange(1, 13)
+    assert collect_inputs(net, x)['0'].shrink == pytest.approx(oas(x.numpy())[1], rel=.01)
+
+@pytest.mark.parametrize('N', [2, 9, 70])
+def test_few_rows_are_judged_as_in_calibrate(N):
+    net,x = nn.Sequential(nn.Linear(12, 15)).double(),randn(N, 12)*torch.arange(1, 13) + 1
+    for data in (x, [x]*5, [torch.cat([x, x*torch.nan])]):
+        st,want = collect_inputs(net, data)['0'],calibrate(net, data)['0']
+        for k in ('rows', 'dropped', 'distinct', 'independent', 'varies', 'few'): assert getattr(st, k) == getattr(want, k), k
+        for k in ('trust', 'trace', 'shrink'): assert getattr(st, k) == pytest.approx(getattr(want, k), rel=1e-9), k
+        assert st.few == (N < 12) and st.independent == N
+
+def test_one_shrinkage_for_blocks_of_equal_kind_is_their_own():
+    "Two blocks with the same rows have the shrinkage of one"
+    x = randn(40, 4)
+    net = nn.Sequential(nn.Linear(8, 3)).double()
+    [a] = collect_inputs(net, torch.cat([x, x], 1), block=3).values()
+    assert a.sizes == (3, 3, 2)
+    [a] = collect_inputs(nn.Sequential(nn.Conv1d(8, 2, 1, groups=2)).double(), torch.cat([x, x], 1)[...,None], patches=True).values()
+    [b] = collect_inputs(nn.Sequential(nn.Linear(4, 3)).double(), x).values()
+    assert a.sizes == (4, 4) and a.shrink == pytest.approx(b.shrink)
 
 def test_one_row_and_constant_rows():
     net = nn.Sequential(nn.Linear(4, 3)).double()
@@ -104,9 +128,9 @@ def test_under_autocast():
     check(ins['1'], torch.cat(x), tol=1e-5)
     check(ins['3'], torch.cat(y).movedim(1, -1).flatten(0, 1), tol=1e-5)
 
-def test_inputs_that_overflow_are_named():
+def test_inputs_that_would_overflow_are_dropped():
     net = nn.Sequential(nn.Linear(3, 2)).double()
-    assert collect_inputs(net, randn(5, 3)*1e200).missing == {'0': 'its inputs overflow'}
+    for f in (collect_inputs, calibrate): assert f(net, randn(5, 3)*1e200).missing == {'0': 'none of its 5 rows is finite'}
 
 # ------------------------------------------------------------------ masks, non-finite rows, layers that are not reached
 
@@ -316,19 +340,121 @@ def test_a_layer_that_is_called_twice():
 
 # ------------------------------------------------------------------ attached to another pass
 
-def test_attached_to_the_pass_of_calibrate():
-    net,data = Tokens().double().eval(),[dict(x=randn(3, 6, 5, seed=i), attention_mask=torch.ones(3, 6)) for i in range(3)]
-    lin = [s for s in find_linears(net) if not s.reason]
-    a,b = _Collector(lin, 'full', 0),InputCollector(lin + find_convs(net), patches=['conv'])
-    with _hooked(net, a), _hooked(net, b):
-        for d in data: net(**d)
-    a.commit()
-    cal,ins,alone,want = _finish(a, 3),b.finish(3),collect_inputs(net, data, patches=True),calibrate(net, data, sensitivity='full')
-    for n in alone: close(ins[n].cov, alone[n].cov)
-    for n in want:
-        close(cal[n].cov, want[n].cov)
-        close(cal[n].sens, want[n].sens)
+def same_stats(a, b):
+    "The statistics of layers, bit by bit"
+    assert list(a) == list(b) and a.missing == b.missing and a.batches == b.batches and a.sensitivity == b.sensitivity
+    for n in a:
+        for f in fields(a[n]):
+            x,y = getattr(a[n], f.name),getattr(b[n], f.name)
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, (n, f.name)
+
+def same_inputs(a, b, tol=1e-10):
+    assert list(a) == list(b) and a.missing == b.missing and a.batches == b.batches and list(a.sens) == list(b.sens) and list(a.outputs) == list(b.outputs)
+    for n in a:
+        for x,y in ((a[n], b[n]), (a.outputs.get(n), b.outputs.get(n))):
+            if x is None: continue
+            assert (x.rows, x.dropped, x.sizes, x.kind, x.groups) == (y.rows, y.dropped, y.sizes, y.kind, y.groups)
+            close(x.cov, y.cov, tol)
+            close(x.mean, y.mean, tol)
+    for n in a.sens: close(a.sens[n], b.sens[n], tol)
+
+class Recomputed(nn.Module):
+    "A part with a convolution and linear layers that is run again in the backward pass, or not; q and k share an input"
+    def __init__(self, on=False):
+        super().__init__()
+        self.on,self.first,self.conv,self.q,self.k,self.head = on,nn.Conv1d(5, 6, 1),nn.Conv1d(6, 6, 3, padding=1, groups=2),nn.Linear(6, 6),nn.Linear(6, 6),nn.Linear(6, 3)
+    def body(self, x):
+        h = torch.relu_(self.conv(x)).transpose(1, 2)
+        return torch.tanh(self.q(h)*self.k(h))
+    def forward(self, x, attention_mask=None):
+        h = self.first(x.transpose(1, 2))
+        return self.head(torch.utils.checkpoint.checkpoint(self.body, h, use_reentrant=False) if self.on else self.body(h))
+
+def tokens(n=3, bad=True):
+    res = [dict(x=randn(4, 7, 5, seed=i), attention_mask=torch.arange(7) < torch.tensor([[7], [3], [5], [2]])) for i in range(n)]
+    if bad: res[1]['x'][0,1,2] = torch.nan
+    return res
+
+@pytest.mark.parametrize('sensitivity', [None, 'full', 'diag'])
+@pytest.mark.parametrize('on', [False, True])
+def test_calibrate_collects_inputs_in_the_same_pass(sensitivity, on):
+    "What was there before is the same bit by bit, and inputs are those of a pass of their own, also where parts run again for the gradient"
+    torch.manual_seed(0)
+    net,data = Recomputed(on).double(),tokens()
+    calls = []
+    h = net.register_forward_pre_hook(lambda m, a: calls.append(1))
+    cal = calibrate(net, data, sensitivity=sensitivity, inputs=True, patches='conv', outputs='full')
+    h.remove()
+    assert len(calls) == 3
+    same_stats(cal, calibrate(net, data, sensitivity=sensitivity))
+    net.on = False
+    same_inputs(cal.inputs, collect_inputs(net, data, sensitivity=sensitivity, patches='conv', outputs='full'))
+    assert cal.inputs['q'].cov is cal.inputs['k'].cov and bool(cal.inputs.sens) == bool(sensitivity) and cal.inputs['conv'].kind == 'patches'
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+def test_a_loss_makes_the_sensitivities_of_convolutions_too():
+    net,x,y = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(8, 2)).double(),randn(10, 3, 2),randn(10, 2, seed=1)
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    kw = dict(loss=lambda z, y: (z - y).square().sum()/len(z), sensitivity='full')
+    cal = calibrate(net, data, inputs=True, **kw)
+    same_stats(cal, calibrate(net, data, **kw))
+    h = net[0](x).detach().requires_grad_()
+    g, = torch.autograd.grad((net[1:](h) - y).square().sum(), h)
+    g = g.movedim(1, -1).flatten(0, 1)
+    close(cal.inputs.sens['0'], g.T @ g/len(x))
+
+class TwoHeads(nn.Module):
+    "A map that only convolutions make, and classes"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.map,self.fc = nn.Conv1d(3, 4, 1),nn.Conv1d(4, 2, 1),nn.Linear(4, 2)
+    def forward(self, x):
+        h = torch.relu(self.conv(x))
+        return self.map(h), self.fc(h.mean(-1))
+
+def test_outputs_of_convolutions_alone_do_not_change_what_layers_have():
+    net,x = TwoHeads().double(),randn(9, 3, 5)
+    same_stats(calibrate(net, x, sensitivity='full', inputs=True), calibrate(net, x, sensitivity='full'))
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc,self.conv = nn.Linear(3, 3),nn.Conv1d(3, 2, 1)
+        def forward(self, x): return self.conv(self.fc(x).detach()[...,None])
+    for ins in (False, True):
+        with pytest.raises(NotDifferentiable): calibrate(Cut().double(), randn(4, 3), sensitivity='full', inputs=ins)
+
+def test_a_model_of_convolutions_alone():
+    net,x = nn.Sequential(nn.Conv1d(3, 4, 1), nn.ReLU(), nn.Conv1d(4, 2, 1)).double(),randn(9, 3, 5)
+    cal = calibrate(net, x, sensitivity='full', inputs=True)
+    assert len(cal) == 0
+    same_inputs(cal.inputs, collect_inputs(net, x, sensitivity='full'))
+
+def test_which_inputs():
+    net,data = Recomputed().double(),tokens(1, bad=False)
+    assert calibrate(net, data).inputs is None
+    assert set(calibrate(net, data, inputs=['q', 'conv*']).inputs) == {'q', 'conv'}
+    assert set(calibrate(net, data, layers='head', inputs=True).inputs) == {'first', 'conv', 'q', 'k', 'head'}
+    for kw,text in ((dict(inputs='qq'), "no layer matches inputs='qq'"), (dict(patches=True), 'pass inputs=True or names too'),
+                    (dict(outputs='diag'), 'pass inputs=True or names too'), (dict(inputs=True, outputs='all'), "outputs must be 'full', 'diag' or None")):
+        with pytest.raises(ValueError, match=text): calibrate(net, data, **kw)
+
+@pytest.mark.parametrize('f', [calibrate, collect_inputs])
+def test_rows_are_dropped_for_all_layers_that_share_an_input(f):
+    net,data = Recomputed().double(),tokens()
+    data[0]['x'][2,0,0] = torch.inf
+    assert {f(net, data)[n].dropped for n in 'qk'} == {3 + 2}     # the convolution spreads a token over those beside it
+
+def test_calibration_with_inputs_in_a_file(tmp_path):
+    net,data = Recomputed().double(),tokens()
+    cal = calibrate(net, data, sensitivity='full', inputs=True, outputs='diag')
+    back = Calibration.load(cal.save(tmp_path/'a.safetensors'))
+    same_stats(back, cal)
+    same_inputs(back.inputs, cal.inputs, 0)
+    assert repr(back) == repr(cal) and back.inputs['q'].cov is back.inputs['k'].cov
+    f = cal.to_frame()
+    assert list(f.layer) == ['q', 'k', 'head', 'first', 'conv'] and list(f.inputs) == ['features']*3 + ['channels']*2 and set(f.sensitivity) == {'full'}
+    assert 'inputs: 5 layers, 3 batches' in cal.title and 'inputs' not in calibrate(net, data).to_frame()
+    assert Calibration.load(calibrate(net, data).save(tmp_path/'b.safetensors')).inputs is None
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
 def test_hooks_are_removed_after_an_error(error):

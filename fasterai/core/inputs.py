@@ -8,35 +8,30 @@ __all__ = ['Inputs', 'InputCollector', 'collect_inputs']
 # %% ../../nbs/core/inputs.ipynb #88390cd8
 import json, math, os, weakref
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 import pandas as pd, torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from .batches import run_batches
+from .collect import _VERSION, Sensitivity, _Collector, _opened, _PerLayer, _rows, _sens, _watch
 from .convs import ConvSite, _features_last, _patch_slices, conv_patches, find_convs
-from .distributed import agreed, gathered, world
+from .distributed import world
 from .files import _atomic
 from .modules import find_linears, select
-from .moments import BLOCK, Moments, _Blocks, _joined, _pool_blocks, block_sizes
-from fasterai.core.calibrate import (MAX_DENSE_SENS, Calibration, Sensitivity, _Collector, _Gradients, _exact_products, _hooked, _rows,
-    _sens)
+from .moments import BLOCK, Moments, _Blocks, block_sizes
+from .sums import _merge, _pooled
 
 # %% ../../nbs/core/inputs.ipynb #6eb2dd78
-class Inputs(Mapping):
+class Inputs(_PerLayer):
     "Moments of the inputs of all layers that were reached: name -> `Moments`; layers with the same inputs have the same tensors"
     def __init__(self, layers: Mapping[str,Moments], *, outputs: Mapping[str,Moments]|None = None,
                  sens: Mapping[str,torch.Tensor]|None = None, batches: int = 0, missing: Mapping[str,str]|None = None):
         self.layers,self.outputs,self.sens = dict(layers),dict(outputs or {}),dict(sens or {})
         self.batches,self.missing = batches,dict(missing or {})
-    def __getitem__(self, name: str) -> Moments: return self.layers[name]
-    def __iter__(self): return iter(self.layers)
-    def __len__(self): return len(self.layers)
+
     def to_frame(self) -> pd.DataFrame:
         "One row per layer"
         first = {}
@@ -44,7 +39,6 @@ class Inputs(Mapping):
         return pd.DataFrame([dict(layer=n or '(the model)', kind=o.kind, rows=o.rows, dropped=o.dropped, features=len(o.mean),
             blocks=len(o.sizes), shrinkage=o.shrink, shared='' if (f := first[id(o.cov)]) == n else f) for n,o in self.items()],
             columns='layer kind rows dropped features blocks shrinkage shared'.split())
-    title,__repr__,_repr_html_ = Calibration.title,Calibration.__repr__,Calibration._repr_html_
 
 # %% ../../nbs/core/inputs.ipynb #61d0e1ed
 @dataclass
@@ -75,10 +69,10 @@ class InputCollector(_Collector):
         sensitivity: Sensitivity|None = None,    # also collect H of the outputs (m, m), or its diagonal
         block: int = BLOCK,                      # see `block_sizes`
         seed: int = 0,                           # of the cotangents
+        missing: Mapping[str,str]|None = None,   # layers that are not watched, with the reason
     ):
-        super().__init__([], sensitivity, seed)
-        self.sites = {s.name: s for s in sites}
-        self.dropped,self.wanted,self.block = dict.fromkeys(self.sites, 0),outputs,block
+        super().__init__(list(sites), sensitivity, seed)
+        self.wanted,self.block,self.missing = outputs,block,dict(missing or {})
         self.views = {s.name: _view(s, s.name in patches) for s in self.sites.values()}
         self.open,self.blocks,self.outs = [],{},{}
 
@@ -105,8 +99,8 @@ def see(self:InputCollector, s, x, y):
     e.names += (s.name,)
     if not (self.wanted or self.sensitivity): return
     y = _features_last(s, y)
-    keep = self._keep(y, None)
-    self.last = None,None,keep      # rows of the gradient at `y` that count
+    keep = self._keep(y)
+    self.here = keep,self._total(y)
     if not self.wanted: return
     m = s.out_features
     if s.name not in self.outs: self.outs[s.name] = _Blocks(block_sizes(m, block=self.block) if self.wanted == 'full' else (1,)*m)
@@ -143,7 +137,7 @@ def commit(self:InputCollector):
 @patch
 def _count(self:InputCollector, e):
     key = e.view,frozenset(e.names)
-    if key not in self.blocks: self.blocks[key] = _Blocks(_sizes(e.site, e.view, self.block))
+    if key not in self.blocks: self.blocks[key] = _Blocks(_sizes(e.site, e.view, self.block), look=True)
     if e.view[0] == 'patches': self._count_patches(e, self.blocks[key])
     else: self.blocks[key].add(e.rows)
     for n in e.names: self.dropped[n] += e.dropped
@@ -160,52 +154,26 @@ def _count_patches(self:InputCollector, e, acc):
         e.dropped = self.dropped[name]
     finally: self.mask,self.dropped = now
 
-# %% ../../nbs/core/inputs.ipynb #5ca18c14
-@patch
-def backward(self:InputCollector, zs, vs=None, scaled=True):
-    "Add the gradients of the sum of all `z*v` at every layer to its H"
-    self.replay = True      # checkpointed parts run again now, which is not to be counted
-    try: gs = torch.autograd.grad(zs, [e for _,e,_,_ in self.edges], vs, allow_unused=True) if self.edges else ()
-    finally: self.replay = False
-    for (s,_,shape,keep),g in zip(self.edges, gs):
-        if g is not None: self._add_grad(s, _rows(_features_last(s, g.reshape(shape)), keep), scaled)
-    self.edges = []
-
-@patch
-@torch.no_grad()
-def _add_grad(self:InputCollector, s, g, scaled):
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
-    if not g.sum().isfinite(): g = g[g.isfinite().all(1)]
-    key = s.name,scaled
-    if key not in self.sens: self.sens[key] = _Gradients(self.sensitivity == 'full' and s.out_features <= MAX_DENSE_SENS)
-    with _exact_products(g.device): self.sens[key].add(g, g)
-
 # %% ../../nbs/core/inputs.ipynb #d37319c7
 @patch
 def pool(self:InputCollector):
     "The sums of all ranks in place of those of this one"
     if world()[1] == 1: return
     _Collector.pool(self)
-    device = next((s.weight.device for s in self.sites.values()), torch.device('cpu'))
-    self.blocks,self.outs = (_pool_blocks(o, device) for o in (self.blocks, self.outs))
+    self.blocks,self.outs = (_pooled(o, self.device) for o in (self.blocks, self.outs))
 
 @patch
-def finish(self:InputCollector, 
-    batches: int,
-    missing: Mapping[str,str]|None = None, # layers that are not in this collector, with the reason
-) -> Inputs:
+def finish(self:InputCollector, batches: int) -> Inputs:
     "What was collected; uses it up"
-    res,missing = {},dict(missing or {})
+    res,missing = {},dict(self.missing)
     parts = {n: tuple(k for k,a in self.blocks.items() if n in k[1] and a.n) for n in self.sites}
     order = sorted(set(parts.values()), key=len, reverse=True)    # sums that are used alone are used up
-    made = {ks: _joined([self.blocks[k] for k in ks]).result(ks[0][0][0]) for ks in order if ks}
+    made = {ks: _merge([self.blocks[k] for k in ks]).result(ks[0][0][0]) for ks in order if ks}
     for n,s in self.sites.items():
-        st = made.get(parts[n])
-        if not parts[n]: missing[n] = f'none of its {self.dropped[n]} rows is finite' if self.dropped[n] else 'not reached by the data'
-        elif st is None: missing[n] = 'its inputs overflow'
-        else: res[n] = replace(st, dropped=self.dropped[n], groups=getattr(s, 'groups', 1))
+        if parts[n]: res[n] = replace(made[parts[n]], dropped=self.dropped[n], groups=getattr(s, 'groups', 1))
+        else: missing[n] = f'none of its {self.dropped[n]} rows is finite' if self.dropped[n] else 'not reached by the data'
     sens = {n: H for n in res if (H := _sens(self, self.sites[n])[0]) is not None} if self.sensitivity else {}
-    outs = {n: o for n in res if n in self.outs and self.outs[n].n and (o := self.outs[n].result('outputs'))}
+    outs = {n: self.outs[n].result('outputs') for n in res if n in self.outs and self.outs[n].n}
     return Inputs(res, outputs=outs, sens=sens, batches=batches, missing=missing)
 
 # %% ../../nbs/core/inputs.ipynb #a809db50
@@ -223,39 +191,50 @@ def collect_inputs(
     types: Iterable[type] = (),               # subclasses of layers to treat as these
 ) -> Inputs:
     "Run `model` over `data` and collect the moments of what goes into its layers"
+    if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait
+    col = _inputs_of(model, layers, patches, outputs, sensitivity, seed, types, block)
+    return col.finish(_watch(model, data, col, n_batches, progress='inputs'))
+
+def _inputs_of(model, layers, patches=False, outputs=None, sensitivity=None, seed=0, types=(), block=BLOCK, arg='layers'):
+    "Collector of the inputs of `layers`, None for all, after a check of the arguments"
     for k,v in (('outputs', outputs), ('sensitivity', sensitivity)):
         if v not in (None, 'full', 'diag'): raise ValueError(f"{k} must be 'full', 'diag' or None, got {v!r}.")
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f'block must be an int of at least 1, got {block!r}.')
-    if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait
     types = tuple(types)
     sites = find_linears(model, types=types) + find_convs(model, types=types)
     by_name = {s.name: s.names for s in sites}
-    chosen = by_name if layers is None else select(by_name, layers, 'layers')
+    chosen = by_name if layers is None else select(by_name, layers, arg)
     convs = {s.name: s.names for s in sites if isinstance(s, ConvSite)}
     if patches and not convs: raise ValueError(f'patches={patches!r}: the model has no convolution.')
     patched = set(convs if patches is True else () if patches is False else select(convs, patches, 'patches'))
     left = {s.name: s.reason for s in sites if s.name in chosen and s.reason and layers is not None}
     sites = [s for s in sites if s.name in chosen and not s.reason]
-    col = InputCollector(sites, patches=patched, outputs=outputs, sensitivity=sensitivity, block=block, seed=seed)
-    return _run(col, model, data, n_batches, left)
-
-def _run(col, model, data, n_batches, left):
-    n,place = 0,world()
-    with agreed():
-        if any(p.is_meta for p in model.parameters()):
-            raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
-        bar = None if place[0] else 'inputs'
-        runs = run_batches(model, data, n_batches=n_batches, grad=bool(col.sensitivity), progress=bar, place=place)
-        with torch.inference_mode(False), _hooked(model, col), closing(runs):
-            for _ in runs: n += 1
-        col.commit()
-    if not (n := sum(gathered(n))): raise ValueError('data has no batches.')
-    col.pool()
-    return col.finish(n, left)
+    return InputCollector(sites, patches=patched, outputs=outputs, sensitivity=sensitivity, block=block, seed=seed, missing=left)
 
 # %% ../../nbs/core/inputs.ipynb #25591d59
-_TYPE,_VERSION = 'fasterai.Inputs','1'
+_TYPE = 'fasterai.Inputs'
+
+@patch
+def _packed(self:Inputs):
+    "Tensors, each once, and JSON that says where they belong"
+    ids,tensors,rows = {},{},{}
+    def ref(t):
+        tensors[k := str(ids.setdefault(id(t), len(ids)))] = t.contiguous()
+        return k
+    for part in ('layers','outputs'):
+        rows[part] = {n: {f.name: ref(v) if isinstance(v := getattr(o, f.name), torch.Tensor) else v for f in fields(o)}
+                      for n,o in getattr(self, part).items()}
+    rows['sens'] = {n: ref(H) for n,H in self.sens.items()}
+    return tensors, json.dumps(dict(rows=rows, missing=self.missing, batches=self.batches))
+
+def _unpacked(t, text):
+    "`Inputs` from tensors and JSON"
+    meta = json.loads(text)
+    rows = meta['rows']
+    layers,outs = ({n: Moments(**o | dict(mean=t[o['mean']], cov=t[o['cov']], sizes=tuple(o['sizes']))) for n,o in rows[k].items()}
+                   for k in ('layers','outputs'))
+    return Inputs(layers, outputs=outs, sens={n: t[k] for n,k in rows['sens'].items()}, batches=meta['batches'], missing=meta['missing'])
 
 @patch
 def save(self:Inputs, 
@@ -264,16 +243,8 @@ def save(self:Inputs,
     overwrite: bool = False, # replace an existing file?
 ) -> Path:
     "Write the moments as safetensors"
-    ids,tensors,rows = {},{},{}
-    def ref(t):
-        tensors[k := str(ids.setdefault(id(t), len(ids)))] = t
-        return k
-    for part in ('layers','outputs'):
-        rows[part] = {n: {f.name: ref(v) if isinstance(v := getattr(o, f.name), torch.Tensor) else v for f in fields(o)}
-                      for n,o in getattr(self, part).items()}
-    rows['sens'] = {n: ref(H) for n,H in self.sens.items()}
-    meta = dict(type=_TYPE, version=_VERSION, rows=json.dumps(rows), missing=json.dumps(self.missing), batches=str(self.batches))
-    with _atomic(path, overwrite) as tmp: save_file({k: t.contiguous() for k,t in tensors.items()}, tmp, meta)
+    tensors,text = self._packed()
+    with _atomic(path, overwrite) as tmp: save_file(tensors, tmp, dict(type=_TYPE, version=_VERSION, inputs=text))
     return Path(path)
 
 @patch(cls_method=True)
@@ -281,15 +252,4 @@ def load(cls:Inputs,
     path: str|os.PathLike,   # a file written by `save`
 ) -> Inputs:
     "Read moments"
-    try:
-        with safe_open(path, 'pt') as f:
-            meta = f.metadata() or {}
-            if (o := meta.get('type')) != _TYPE: raise ValueError(f'{path} holds no moments of inputs: its type is {o!r}, not {_TYPE!r}.')
-            if (o := meta.get('version')) != _VERSION: raise ValueError(f'{path} has version {o!r}, this fasterai reads {_VERSION}.')
-            t,rows = {k: f.get_tensor(k) for k in f.keys()},json.loads(meta['rows'])
-        layers,outs = ({n: Moments(**o | dict(mean=t[o['mean']], cov=t[o['cov']], sizes=tuple(o['sizes']))) for n,o in rows[k].items()}
-                       for k in ('layers','outputs'))
-        sens,missing = {n: t[k] for n,k in rows['sens'].items()},json.loads(meta['missing'])
-        return cls(layers, outputs=outs, sens=sens, batches=int(meta['batches']), missing=missing)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f'{path} is not a readable file of moments: {e}.') from None
+    with _opened(path, _TYPE, 'moments of inputs') as (f, meta): return _unpacked({k: f.get_tensor(k) for k in f.keys()}, meta['inputs'])

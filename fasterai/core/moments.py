@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCK', 'block_sizes', 'Moments']
 
-# %% ../../nbs/core/moments.ipynb #38f11741
-import math
+# %% ../../nbs/core/moments.ipynb #d0438671
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from scipy.linalg.blas import get_blas_funcs
 from threadpoolctl import threadpool_limits
-from .distributed import gathered, summed
 from .modules import _double
-from .calibrate import _Moments, _exact_products
+from .sums import _exact_products, _Moments, _oas
 
 # %% ../../nbs/core/moments.ipynb #f06265c8
 BLOCK = 2048        # features in one block of a covariance; layers with up to twice as many keep all of it
@@ -35,21 +33,14 @@ def _views(flat, sizes):
     "Blocks (b, b) that lie one after the other in `flat`"
     return [o.view(b, b) for o,b in zip(flat.split([b*b for b in sizes]), sizes)]
 
-# %% ../../nbs/core/moments.ipynb #46a5f507
+# %% ../../nbs/core/moments.ipynb #a3feb9bd
 _TOGETHER = 64      # blocks of up to this many features are multiplied in one batch
-
-def _add_gram(G, x, shift):
-    "Add (x - shift)ᵀ(x - shift) to `G`, on the CPU to its upper triangle alone"
-    if x.device.type != 'cpu': G += _double((d := x - shift).T @ d); return
-    d,C = (x.double() - shift).numpy(),G.numpy().T      # as BLAS counts, which has columns in one piece
-    syrk, = get_blas_funcs(('syrk',), (C,))
-    syrk(1., d.T, 1., C, lower=True, overwrite_c=True)
 
 class _Blocks(_Moments):
     "Running sums of rows (N, n): mean, trace, and diagonal blocks of the covariance"
-    def __init__(self, sizes):
-        super().__init__(False)
-        self.sizes = sizes
+    def __init__(self, sizes, look=False):
+        super().__init__(False, look=look)
+        self.kind,self.sizes = (_Blocks, (sizes, look)),sizes
 
     def add(self, x): # (N, n), finite; kept until there are enough
         for c in x.split(max(_FLUSH, _ROOM//x.shape[1])) if len(x) else ():
@@ -75,49 +66,39 @@ class _Blocks(_Moments):
         with threadpool_limits(torch.get_num_threads(), 'blas'):
             for G,d,shift in zip(_views(self.G, self.sizes), x.split(self.sizes, 1), self.shift.split(self.sizes)): _add_gram(G, d, shift)
 
-# %% ../../nbs/core/moments.ipynb #1bcd5152
-@patch
-def _outer(self:_Blocks, a, b):
-    "The blocks of a bᵀ, flat"
-    return torch.cat([torch.outer(x, y).flatten() for x,y in zip(a.split(self.sizes), b.split(self.sizes))])
+    def _outer(self, a, b): return torch.cat([torch.outer(x, y).flatten() for x,y in zip(a.split(self.sizes), b.split(self.sizes))])
 
-@patch
-def about(self:_Blocks, shift):
-    "The same sums about the point `shift`"
-    self.flush()
-    res,e = _Blocks(self.sizes),_double(self.shift) - _double(shift)
-    res.n,res.shift = self.n,shift
-    res.sum,res.sq = self.sum + self.n*e, self.sq + 2*(e @ self.sum) + self.n*(e @ e)
-    res.G = self.G + self._outer(self.sum, e) + self._outer(e, self.sum) + self.n*self._outer(e, e)
-    return res
+    def _shapes(self, d): return dict(sum=(d,), sq=(), G=(sum(b*b for b in self.sizes),))
 
-def _joined(parts):
-    "Sums of all rows of all parts; a single part as it is"
-    if len(parts) == 1: return parts[0]
-    res,*rest = [p.about(parts[0].shift) for p in parts]
-    for p in rest:
-        for k in ('n','sum','sq','G'): setattr(res, k, getattr(res, k) + getattr(p, k))
-    return res
+def _add_gram(G, x, shift):
+    "Add (x - shift)ᵀ(x - shift) to `G`, on the CPU to its upper triangle alone"
+    if x.device.type != 'cpu': G += _double((d := x - shift).T @ d); return
+    d,C = (x.double() - shift).numpy(),G.numpy().T      # as BLAS counts, which has columns in one piece
+    syrk, = get_blas_funcs(('syrk',), (C,))
+    syrk(1., d.T, 1., C, lower=True, overwrite_c=True)
 
-def _pool_blocks(parts: dict, device) -> dict:
-    "Sums over ranks, for every key that one of them has"
-    heads = gathered({k: (m.n, m.sizes, None if m.shift is None else m.shift.cpu()) for k,m in parts.items()})
-    res = {}
-    for k in dict.fromkeys(k for h in heads for k in h):
-        ns,sizes,shifts = zip(*(h[k] for h in heads if k in h))
-        acc = res[k] = _Blocks(sizes[0])
-        acc.n,shift = sum(ns),next((s for n,s in zip(ns, shifts) if n), None)
-        if shift is None: continue
-        acc.shift = shift.to(device)
-        mine = parts[k].about(acc.shift) if k in parts and parts[k].n else None
-        shapes = dict(sum=sum(acc.sizes), sq=(), G=sum(b*b for b in acc.sizes))
-        for o,shape in shapes.items():
-            setattr(acc, o, summed(getattr(mine, o) if mine else torch.zeros(shape, dtype=torch.float64, device=device)))
-    return res
+# %% ../../nbs/core/moments.ipynb #4ffd6866
+class _Counted:
+    "What can be said of rows: `rows` of them, `distinct` where they come again and again, with `mean`, `trace` and shrinkage `shrink`"
+    @property
+    def independent(self) -> int: return self.distinct or self.rows     # rows that are no repetition
+    @property
+    def varies(self) -> bool: return self.independent > 1 and self.trace > 0
+    @property
+    def trust(self) -> float:
+        "Share of the mean that is believed: James–Stein, 0 where the rows do not vary"
+        square,v = float(self.mean.square().sum()),self.independent - 1
+        return max(0., 1 - self.trace/v*(v + 2)/v/square) if self.varies and square else 0.
+    @property
+    def together(self) -> int: return len(self.mean)    # features whose covariance is kept
+    @property
+    def few(self) -> bool:
+        "Are these rows too few to say much: fewer than features, and most of the covariance assumed?"
+        return self.independent < self.together and self.shrink > .5
 
 # %% ../../nbs/core/moments.ipynb #f8b5d662
 @dataclass(frozen=True, eq=False)
-class Moments:
+class Moments(_Counted):
     "Mean and covariance of the rows that went into a layer, or came out of it"
     rows: int                       # rows counted, N
     mean: torch.Tensor              # (n,), float64
@@ -127,6 +108,7 @@ class Moments:
     kind: str                       # 'features', 'channels' (a row is a pixel), 'patches', 'outputs'
     groups: int = 1                 # of a convolution
     dropped: int = 0                # rows left out: not finite
+    distinct: int = 0               # different rows, where they came again and again; 0 where they did not
 
     @property
     def blocks(self) -> tuple[torch.Tensor,...]:
@@ -136,6 +118,10 @@ class Moments:
     def var(self) -> torch.Tensor:
         "Variance of each feature (n,)"
         return self.cov if max(self.sizes) == 1 else torch.cat([b.diagonal() for b in self.blocks])
+    @property
+    def trace(self) -> float: return float(self.var.sum())
+    @property
+    def together(self) -> int: return max(self.sizes)
     def shrunk(self) -> tuple[torch.Tensor,...]:
         "(1 - λ)C + λ tr(C)/b I for each block: what to trust after few rows"
         return tuple((1 - self.shrink)*C + self.shrink*C.diagonal().mean()*torch.eye(len(C)).to(C) for C in self.blocks)
@@ -143,20 +129,13 @@ class Moments:
         "C + μμᵀ for each block, or with the shrunk C"
         return tuple(C + torch.outer(m, m) for C,m in zip(self.shrunk() if shrink else self.blocks, self.mean.split(self.sizes)))
 
-# %% ../../nbs/core/moments.ipynb #cd6023b0
-def _oas(N, blocks):
-    "The shrinkage that is best for all blocks together, each towards its mean variance"
-    tr = torch.stack([C.trace() for C in blocks])
-    tr2,b = torch.stack([C.square().sum() for C in blocks]),torch.tensor([len(C) for C in blocks]).to(tr)
-    num,den = float((tr2 + tr*tr).sum()),(N + 1)*float((tr2 - tr*tr/b).sum())
-    return 1. if N < 2 or den <= 1e-12*num else min(1., num/den)
-
+# %% ../../nbs/core/moments.ipynb #b8b78495
 @patch
-def result(self:_Blocks, kind, groups=1) -> Moments|None:
-    "`Moments` from these sums, which are used up; None where they overflow"
+def result(self:_Blocks, kind, groups=1) -> Moments:
+    "`Moments` from these sums, which are used up"
     self.flush()
-    if not math.isfinite(float(self.sq)): return None
-    N,mu,G,self.G = self.n,self.sum/self.n,self.G.div_(self.n),None
-    if max(self.sizes) == 1: return Moments(N, self.mean(), G.sub_(mu*mu).clamp_(min=0), self.sizes, 1., kind, groups)
+    N,mu,G,self.G,different = self.n,self.sum/self.n,self.G.div_(self.n),None,self.distinct()
+    if max(self.sizes) == 1: return Moments(N, self.mean(), G.sub_(mu*mu).clamp_(min=0), self.sizes, 1., kind, groups, distinct=different)
     for C,m in zip(_views(G, self.sizes), mu.split(self.sizes)): C.copy_(C.triu() + C.triu(1).T).sub_(torch.outer(m, m))
-    return Moments(N, self.mean(), G, self.sizes, _oas(N, _views(G, self.sizes)), kind, groups)
+    blocks = [(len(C), float(C.trace()), float(C.square().sum())) for C in _views(G, self.sizes)]
+    return Moments(N, self.mean(), G, self.sizes, _oas(blocks, (different or N) - 1), kind, groups, distinct=different)

@@ -19,10 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from .batches import _Bar, _rng_kept, Batches, left_as_found
-from .calibrate import _Collector, _Moments, _hooked, _outputs, _rows
+from .collect import _Collector, _outputs, _rows
+from .hooks import _hooked
 from .latency import _latencies
 from .modules import _double, count_params
 from .plan import Plan
+from .sums import _Moments
 
 # %% ../../nbs/core/report.ipynb #ce75d22f
 def _megabytes(model):

@@ -15,7 +15,8 @@ from scipy.linalg.blas import get_blas_funcs
 from scipy.linalg.lapack import get_lapack_funcs
 from threadpoolctl import threadpool_limits
 from ..core.modules import _double, _warn_user
-from ..core.calibrate import LayerStats, _exact_products
+from ..core.calibrate import LayerStats
+from ..core.sums import _exact_products
 
 # %% ../../nbs/lowrank/factorize.ipynb #f818d532
 Solver = Literal['auto','gram','svd','krylov']

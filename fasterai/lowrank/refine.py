@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from ..core.batches import _Bar, _rng_kept, _seed, Batches, left_as_found
 from ..core.modules import _warn_user, copy_with, is_pair
-from ..core.calibrate import _outputs
+from ..core.collect import _outputs
 
 # %% ../../nbs/lowrank/refine.ipynb #606231c4
 class _LeastSquares:
