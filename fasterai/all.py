@@ -6,6 +6,7 @@ from fasterai.core.latency import LatencyTable
 from fasterai.core.modules import LowRankLinear, count_params, find_linears, is_pair
 from fasterai.core.plan import Plan
 from fasterai.core.readers import weight_readers
+from fasterai.core.store import load_compressed, save_compressed
 from fasterai.lowrank.checkpoint import decompose_checkpoint, load_decomposed
 from fasterai.lowrank.cli import digits_dls, fasterai_decompose, load_weights, run_example
 from fasterai.lowrank.factorize import break_even, factorize, spectrum

@@ -17,7 +17,8 @@ from fasterai.lowrank.search import *
 from fasterai.lowrank.refine import *
 from fasterai.core.learner import *
 from fasterai.lowrank.learner import *
-from fasterai.lowrank.names import *
+from fasterai.core.names import *
+from fasterai.core.store import *
 from fasterai.lowrank.shards import *
 from fasterai.core.distill import *
 from fasterai.lowrank.checkpoint import *
