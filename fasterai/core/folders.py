@@ -79,7 +79,8 @@ def _atomic_folder(dst: Path) -> Iterator[Path]:
     old = tmp.with_name(f'{tmp.name}.replaced')
     try:
         yield tmp
-        for f in tmp.rglob('*'): _on_disk(f)
+        for f in tmp.rglob('*'):
+            if f.is_file(): _on_disk(f)
         tmp.chmod(0o777 & ~_umask())
         try:
             if dst.exists(): os.rename(dst, old)
@@ -91,6 +92,6 @@ def _atomic_folder(dst: Path) -> Iterator[Path]:
     if old.exists(): shutil.rmtree(old)
 
 def _on_disk(f):
-    "Wait until the file is on the disk: a name must not be there before its bytes"
-    if not f.is_file(): return
+    "Wait until the file is on the disk: a name must not be there before its bytes. Its rights become those of any new file"
     with open(f, 'r+b') as o: os.fsync(o.fileno())
+    f.chmod(0o666 & ~_umask())

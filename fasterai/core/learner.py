@@ -177,5 +177,5 @@ def save_compressed(self:Learner,
 ) -> Path:                                  # `folder`
     "Write the compressed model and the plans that made it into a folder; `load_compressed` reads it"
     if not (plans := getattr(_kept(self), 'plans', ())):
-        raise ValueError('nothing was compressed in this Learner: there is no plan to save. Call learn.decompose(…) first; learn.export saves a dense Learner.')
+        raise ValueError('nothing was compressed in this Learner, so there is no plan to save. learn.export saves a dense Learner.')
     return _saved(get_model(self.model), folder, plans, source=source, overwrite=overwrite)

@@ -186,9 +186,10 @@ def _groups(model):
     "Names in the state dict that stand for one tensor"
     res = {}
     for k,v in model.state_dict(keep_vars=True).items():
-        if isinstance(v, torch.Tensor): res.setdefault((*_span(v), tuple(v.shape), v.stride() if v.layout is torch.strided else ()), []).append(k)
+        if not isinstance(v, torch.Tensor): continue
+        steps = v.stride() if v.layout is torch.strided else ()     # a matrix and its transpose lie on the same bytes
+        res.setdefault((*_span(v), tuple(v.shape), steps), []).append(k)
     return list(res.values())
-
 
 # %% ../../nbs/core/names.ipynb #e6ab3e57
 def _check_match(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import _TYPES, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from .files import _open, _quoted, _WRAPPED
+from .files import _Checkpoint, _open, _quoted, _WRAPPED
 from .folders import _atomic_folder, _copy, _others, _target
 from .modules import _warn_user, count_params
 from .names import _build, _emptied, _from_config, _groups, _loaded, _Match
@@ -35,14 +35,18 @@ def _chain(
     plans: 'Plan|Iterable[Plan]',
 ) -> list:      # at least one
     "The plans in the order in which they were applied, checked"
-    res = [plans] if isinstance(plans, Plan) else list(plans) if isinstance(plans, Iterable) and not isinstance(plans, (str, bytes, Mapping)) else None
-    if res is None or (odd := [o for o in res if not isinstance(o, Plan)]):
-        raise TypeError(f'plans must be a plan, or plans in the order in which they were applied, got {type(plans if res is None else odd[0]).__name__}.')
-    if not res: raise ValueError('plans is empty, so there is nothing that makes the model a compressed one. Save a dense model with torch.save or safetensors.')
+    listed = isinstance(plans, Iterable) and not isinstance(plans, (Plan, str, bytes, Mapping))
+    res = list(plans) if listed else [plans]
+    if (odd := [o for o in res if not isinstance(o, Plan)]):
+        raise TypeError(f'plans must be a plan, or plans in the order in which they were applied, got {type(odd[0]).__name__}.')
+    if not res: raise ValueError('plans is empty, so nothing would tell how the model was compressed. Save a dense model with torch.save or safetensors.')
     for a,b in zip(res, res[1:]):
-        if a.params_after != b.params: raise ValueError(f'the plans do not follow each other: {a.policy or "a plan"!r} ends at {a.params_after:,} parameters, '
-            f'{b.policy or "the next one"!r} begins at {b.params:,}. Pass all plans, in the order in which they were applied.')
+        if a.params_after != b.params: raise ValueError(
+            f'the plans do not follow each other: {_called(a)} ends at {a.params_after:,} parameters, {_called(b)} begins at {b.params:,}. '
+            'Pass all plans, in the order in which they were applied.')
     return res
+
+def _called(plan): return repr(plan.policy) if plan.policy else 'a plan'
 
 # %% ../../nbs/core/store.ipynb #2ef44c7f
 def _stored_name(k): return _WRAPPED.sub('', k)     # torch.compile of a part
@@ -75,10 +79,12 @@ def _weights(
         res[_stored_name(k)] = t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
     return res
 
-def _dtypes(model):
-    "dtype of each parameter and buffer, also of buffers that are not stored"
-    own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {_stored_name(k): str(t.dtype).removeprefix('torch.') for k,t in own}
+def _dtypes(tensors): return {k: str(t.dtype).removeprefix('torch.') for k,t in tensors.items()}
+
+def _unsaved(model):
+    "Buffers that are in no file"
+    stored = model.state_dict()
+    return {_stored_name(k): b for k,b in model.named_buffers() if k not in stored}
 
 # %% ../../nbs/core/store.ipynb #420b41b5
 def _configs(model, out):
@@ -104,7 +110,8 @@ def _written(model, out, plans, weights, source, copy):
     _configs(model, out)
     save_file(weights, out/_FILE, {'format': 'pt'})
     names = sorted(f.relative_to(out).as_posix() for f in out.rglob('*'))
-    head = dict(type=_TYPE, version=_VERSION, plans=[json.loads(_lean(p).to_json()) for p in plans], dtypes=_dtypes(model), files=names)
+    head = dict(type=_TYPE, version=_VERSION, plans=[json.loads(_lean(p).to_json()) for p in plans], tensors=_dtypes(weights),
+                buffers=_dtypes(_unsaved(model)), files=names)
     (out/_NAME).write_text(json.dumps(head, ensure_ascii=False, indent=1), encoding='utf-8')
 
 # %% ../../nbs/core/store.ipynb #f8de418b
@@ -136,12 +143,13 @@ def _plan_from(d, where):
     "The plan that `to_json` wrote as `d`, of the class that it names"
     known = {k: c for k,c in _kinds(Plan).items() if c is not Plan}
     if not isinstance(d, dict) or d.get('type') not in known:
-        raise ValueError(f'{where} has the type {d.get("type") if isinstance(d, dict) else None!r}, known are {", ".join(map(repr, known)) or "none"}. '
+        has = d.get('type') if isinstance(d, dict) else None
+        raise ValueError(f'{where} has the type {has!r}, known are {", ".join(map(repr, known)) or "none"}. '
                          'Import the method that made it: from fasterai.all import *.')
     return Plan.from_dict(d, where=where)
 
 def _stored_plans(folder):
-    "Plans in order, and dtype of each tensor by name"
+    "Plans in order, and the dtypes of all tensors in the file and of buffers that are in none, by name"
     if not folder.exists(): raise FileNotFoundError(f'no such folder: {folder}.')
     if not _is_store(folder): raise FileNotFoundError(f'{folder} holds no {_NAME}, so it was not written by save_compressed. '
         'load_decomposed(model, folder) reads what decompose_checkpoint wrote, and a model with plan.json beside it.')
@@ -150,8 +158,9 @@ def _stored_plans(folder):
     except ValueError as e: raise ValueError(f'{f} is damaged: not valid JSON ({e}).') from None
     if not isinstance(d, dict) or d.get('type') != _TYPE: raise ValueError(f'{f} is not a list of plans written by save_compressed.')
     if d.get('version') != _VERSION: raise ValueError(f'{f} has version {d.get("version")!r}, this fasterai reads {_VERSION}.')
-    if not isinstance(d.get('plans'), list) or not d['plans'] or not isinstance(d.get('dtypes'), dict): raise ValueError(f'{f} is damaged: it lacks plans or dtypes.')
-    return _chain([_plan_from(p, f'plan {i+1} in {f}') for i,p in enumerate(d['plans'])]), d['dtypes']
+    if not isinstance(d.get('plans'), list) or not d['plans'] or any(not isinstance(d.get(k), dict) for k in ('tensors','buffers')):
+        raise ValueError(f'{f} is damaged: it lacks plans, tensors or buffers.')
+    return _chain([_plan_from(p, f'plan {i+1} in {f}') for i,p in enumerate(d['plans'])]), d['tensors'], d['buffers']
 
 def _structure(
     model: nn.Module,   # the dense model, left unchanged
@@ -160,45 +169,50 @@ def _structure(
     "What the plans make of `model`"
     res = _emptied(model)
     for p in plans:
-        if (n := count_params(res)) != p.params: raise ValueError(f'{p.policy or "the plan"!r} was made for a model of {p.params:,} parameters, this one has {n:,}. '
-                                                                  'Pass the dense model, or a function that builds it.')
+        if (n := count_params(res)) != p.params: raise ValueError(
+            f'{_called(p)} was made for a model of {p.params:,} parameters, this one has {n:,}. Pass the dense model, or a function that builds it.')
         res = p.skeleton(res)
     if (n := count_params(res)) != plans[-1].params_after:
         raise ValueError(f'the plans make a model of {n:,} parameters, not of {plans[-1].params_after:,} as they promise.')
     return res
 
 # %% ../../nbs/core/store.ipynb #8d7740dd
-def _check_dtypes(path, tensors, dtypes):
-    "Raise for a tensor of the file that has another dtype than the one that was saved"
-    for k,t in tensors.items():
+def _check_file(
+    ck: _Checkpoint,
+    saved: dict[str,str],   # name -> dtype, of what was written
+):
+    "Raise for a tensor of the file that is missing, was not saved, or has another dtype than it had"
+    lost,more = sorted(saved.keys() - ck.tensors.keys()),sorted(ck.tensors.keys() - saved.keys())
+    if lost: raise ValueError(f'{ck.path} lacks {len(lost)} of {len(saved)} tensors that were saved: {_quoted(lost)}. Was the file replaced?')
+    if more: raise ValueError(f'{ck.path} has {len(more)} tensors that were not saved with it: {_quoted(more)}. Was the file replaced?')
+    for k,t in ck.tensors.items():
         has = str(t.torch_dtype).removeprefix('torch.')
-        if (want := dtypes.get(k, has)) != has: raise ValueError(f'{path}: {k!r} has dtype {has}, it was saved as {want}. Was the file replaced?')
+        if has != saved[k]: raise ValueError(f'{ck.path}: {k!r} has dtype {has}, it was saved as {saved[k]}. Was the file replaced?')
 
-def _cast_buffers(model, dtypes, stored):
-    "Buffers that are in no file get the dtype which they had; those of integers are not touched"
-    for m_name,m in model.named_modules():
+def _cast_buffers(model, dtypes):
+    "Buffers that are in no file get the dtype that they had"
+    for n,m in model.named_modules():
         for k,b in m.named_buffers(recurse=False):
-            n = f'{m_name}.{k}' if m_name else k
-            dt = getattr(torch, dtypes.get(n, ''), b.dtype)
-            if n not in stored and dt != b.dtype and dt.is_floating_point and b.is_floating_point(): m._buffers[k] = b.to(dt)
+            dt = getattr(torch, dtypes.get(f'{n}.{k}' if n else k, ''), b.dtype)
+            if dt != b.dtype and dt.is_floating_point and b.is_floating_point(): m._buffers[k] = b.to(dt)
 
 def load_compressed(
     folder: str|os.PathLike,                                    # written by `save_compressed`
-    model: nn.Module|Callable[[],nn.Module]|None = None,        # function that builds the dense model, a dense model, or None where config.json names it
+    model: nn.Module|Callable[[],nn.Module]|None = None,        # function that builds the dense model, the model, or None: config.json names it
     *,
     device: torch.device|str|None = None,                       # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                                 # a new model, in the mode (training or not) of the dense one, dtypes from the file
     "The compressed model in a folder, without data; loads strictly"
-    if isinstance(folder, nn.Module) or callable(folder): raise TypeError(f'the folder comes first, then the model: load_compressed(folder, model), got {type(folder).__name__}.')
+    if callable(folder): raise TypeError(f'the folder comes first, then the model: load_compressed(folder, model). Got {type(folder).__name__} as folder.')
     folder = Path(folder)
-    plans,dtypes = _stored_plans(folder)
+    plans,tensors,buffers = _stored_plans(folder)
     ck = _open(folder/_FILE)
-    _check_dtypes(ck.path, ck.tensors, dtypes)
-    if model is None and isinstance(model := _from_config(folder), str): raise ValueError(f'{model}. Pass a function that builds the dense model: '
-                                                                                           'load_compressed(folder, model).')
+    _check_file(ck, tensors)
+    if model is None and isinstance(model := _from_config(folder), str):
+        raise ValueError(f'{model}. Pass a function that builds the dense model: load_compressed(folder, model).')
     net = _build(model)
     if device is None: device = next((p.device for p in net.parameters() if not p.is_meta), 'cpu')
     small = _structure(net, plans)
     res = _loaded(small, _Match(ck.path, ck.tensors, shapes={k: t.shape for k,t in ck.tensors.items()}), device)
-    _cast_buffers(res, dtypes, ck.tensors)
+    _cast_buffers(res, buffers)
     return res

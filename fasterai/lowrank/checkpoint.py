@@ -123,7 +123,7 @@ class _Job:
     "One call of `decompose_checkpoint`: everything that is known before something is written"
     def __init__(self, src, dst, policy, model, layers, exclude, types, device, overwrite):
         self.policy,self.overwrite,self.ck = policy,overwrite,_open(src)
-        if any(_PLAN in m for m in self.ck.metas.values()): raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
+        if _is_store(src) or any(_PLAN in m for m in self.ck.metas.values()): raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
         dst,self.single = _written_to(src, dst, self.ck, overwrite)
         self.run,self.device,(self.net,self.seen,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
         self.sites,self.keys,self.why = _sites(self.net, self.seen, types)
