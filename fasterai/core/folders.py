@@ -58,7 +58,8 @@ def _target(
 ) -> Path:                              # with all links followed
     "Raise where writing to `given` would destroy something"
     dst,src = given.resolve(),src and src.resolve()
-    if src and (dst == src or src in dst.parents or dst in src.parents) or any(f.resolve() == dst or dst in f.resolve().parents for f in files):
+    def within(a, b): return a == b or b in a.parents
+    if src and (within(dst, src) or within(src, dst)) or any(within(f.resolve(), dst) for f in files):
         raise ValueError(f'{arg} must lie outside of {src.name if arg != "dst" else "src"}, got {given}{_led_to(given)}.')
     if not dst.parent.is_dir(): raise FileNotFoundError(f'the folder {dst.parent} does not exist{_led_to(given)}.')
     if not dst.exists(): return dst
@@ -66,7 +67,8 @@ def _target(
     if dst.is_dir() == single: raise FileExistsError(f'{given} exists and is a {"folder" if single else "file"}. Remove it first.')
     if any(dst.samefile(f) for f in files): raise ValueError(f'{arg} must lie outside of src: {given} is another name of the same file.')
     if dst.is_mount(): raise FileExistsError(f'{given} is the top folder of a disk and cannot be replaced. Choose a folder below it.')
-    if dst.is_dir() and any(dst.iterdir()) and (why := other(dst)): raise FileExistsError(f'{given} {why}, so it is not replaced. Remove it first.')
+    if dst.is_dir() and any(dst.iterdir()) and (why := other(dst)):
+        raise FileExistsError(f'{given} {why}, so it is not replaced. Remove it first.')
     return dst
 
 def _led_to(path): return f' (a link to {path.resolve()})' if path.is_symlink() else ''

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, load_model
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model
+from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -178,4 +178,5 @@ def save_compressed(self:Learner,
     "Write the compressed model and the plans that made it into a folder; `load_compressed` reads it"
     if not (plans := getattr(_kept(self), 'plans', ())):
         raise ValueError('nothing was compressed in this Learner, so there is no plan to save. learn.export saves a dense Learner.')
+    if rank_distrib(): return Path(folder)      # one process writes, as in learn.save
     return _saved(get_model(self.model), folder, plans, source=source, overwrite=overwrite)

@@ -39,7 +39,7 @@ def _chain(
     res = list(plans) if listed else [plans]
     if (odd := [o for o in res if not isinstance(o, Plan)]):
         raise TypeError(f'plans must be a plan, or plans in the order in which they were applied, got {type(odd[0]).__name__}.')
-    if not res: raise ValueError('plans is empty, so nothing would tell how the model was compressed. Save a dense model with torch.save or safetensors.')
+    if not res: raise ValueError('plans is empty: there is no compressed model to save. Save a dense one with torch.save or safetensors.')
     for a,b in zip(res, res[1:]):
         if a.params_after != b.params: raise ValueError(
             f'the plans do not follow each other: {_called(a)} ends at {a.params_after:,} parameters, {_called(b)} begins at {b.params:,}. '
@@ -170,7 +170,8 @@ def _structure(
     res = _emptied(model)
     for p in plans:
         if (n := count_params(res)) != p.params: raise ValueError(
-            f'{_called(p)} was made for a model of {p.params:,} parameters, this one has {n:,}. Pass the dense model, or a function that builds it.')
+            f'{_called(p)} was made for a model of {p.params:,} parameters, this one has {n:,}. '
+            'Pass the dense model, or a function that builds it.')
         res = p.skeleton(res)
     if (n := count_params(res)) != plans[-1].params_after:
         raise ValueError(f'the plans make a model of {n:,} parameters, not of {plans[-1].params_after:,} as they promise.')
@@ -183,7 +184,7 @@ def _check_file(
 ):
     "Raise for a tensor of the file that is missing, was not saved, or has another dtype than it had"
     lost,more = sorted(saved.keys() - ck.tensors.keys()),sorted(ck.tensors.keys() - saved.keys())
-    if lost: raise ValueError(f'{ck.path} lacks {len(lost)} of {len(saved)} tensors that were saved: {_quoted(lost)}. Was the file replaced?')
+    if lost: raise ValueError(f'{ck.path} lacks {len(lost)} of {len(saved)} saved tensors: {_quoted(lost)}. Was the file replaced?')
     if more: raise ValueError(f'{ck.path} has {len(more)} tensors that were not saved with it: {_quoted(more)}. Was the file replaced?')
     for k,t in ck.tensors.items():
         has = str(t.torch_dtype).removeprefix('torch.')
@@ -197,13 +198,13 @@ def _cast_buffers(model, dtypes):
             if dt != b.dtype and dt.is_floating_point and b.is_floating_point(): m._buffers[k] = b.to(dt)
 
 def load_compressed(
-    folder: str|os.PathLike,                                    # written by `save_compressed`
-    model: nn.Module|Callable[[],nn.Module]|None = None,        # function that builds the dense model, the model, or None: config.json names it
+    folder: str|os.PathLike,                                # written by `save_compressed`
+    model: nn.Module|Callable[[],nn.Module]|None = None,    # function that builds the dense model, the model, or None: config.json names it
     *,
-    device: torch.device|str|None = None,                       # where the tensors go; None for the device of a model, the CPU for a function
-) -> nn.Module:                                                 # a new model, in the mode (training or not) of the dense one, dtypes from the file
+    device: torch.device|str|None = None,                   # where the tensors go; None for the device of a model, the CPU for a function
+) -> nn.Module:                                             # a new model, in the mode (training or not) of the dense one
     "The compressed model in a folder, without data; loads strictly"
-    if callable(folder): raise TypeError(f'the folder comes first, then the model: load_compressed(folder, model). Got {type(folder).__name__} as folder.')
+    if callable(folder): raise TypeError(f'the folder comes first: load_compressed(folder, model). Got {type(folder).__name__} as folder.')
     folder = Path(folder)
     plans,tensors,buffers = _stored_plans(folder)
     ck = _open(folder/_FILE)
