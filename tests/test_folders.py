@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from fasterai.lowrank import names
+from fasterai.core import names
 from fasterai.core.files import training_weights, write_atomic
 from fasterai.misc.all import *
 from fasterai.lowrank.cli import write_result

@@ -6,25 +6,22 @@
 __all__ = []
 
 # %% ../../nbs/core/learner.ipynb #0a1b0fbb
-import inspect, numpy as np
-from dataclasses import replace
+import inspect, os, numpy as np
 from functools import partial
+from pathlib import Path
 from fastai.callback.hook import Hook
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, load_model
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model
+from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 from .modules import is_pair
+from .store import _lean, save_compressed as _saved
 
 # %% ../../nbs/core/learner.ipynb #00bd6120
-def _lean(plan):
-    "`plan` without what only new ranks would need"
-    return replace(plan, bases={}, layers=tuple(replace(o, spectrum=None, errors=None) for o in plan.layers))
-
 class _Kept:
     "The dense model, to go back to, and what was done; an exported Learner and a copy go without the model and the spectra"
     def __init__(self, model: nn.Module|None = None, plans: tuple = ()): self.model,self.plans = model,plans
@@ -175,3 +172,17 @@ def load(self:Learner, file, device=None, **kwargs):
     hook = model._register_load_state_dict_pre_hook(partial(_check_checkpoint, file, _kept(self), model))
     try: return self._orig_load(file, device, **kwargs)
     finally: hook.remove()
+
+# %% ../../nbs/core/learner.ipynb #550bdbc7
+@patch
+def save_compressed(self:Learner,
+    folder: str|os.PathLike,                # folder to write
+    *,
+    source: str|os.PathLike|None = None,    # folder of the dense model; its other files are copied, such as a tokenizer and sub-folders
+    overwrite: bool = False,                # replace a folder that was written by `save_compressed`?
+) -> Path:                                  # `folder`
+    "Write the compressed model and the plans that made it into a folder; `load_compressed` reads it"
+    if not (plans := getattr(_kept(self), 'plans', ())):
+        raise ValueError('nothing was compressed in this Learner, so there is no plan to save. learn.export saves a dense Learner.')
+    if rank_distrib(): return Path(folder)      # one process writes, as in learn.save
+    return _saved(get_model(self.model), folder, plans, source=source, overwrite=overwrite)

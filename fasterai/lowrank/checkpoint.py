@@ -6,22 +6,59 @@
 __all__ = ['decompose_checkpoint', 'load_decomposed']
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #f4bab6f3
-import copy, os, shutil
+import os, shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 import torch
 from torch import nn
 from fastcore.basics import patch
+from ..core.calibrate import Calibration
 from ..core.distributed import agreed, balanced, gathered, shared, world
 from ..core.files import _open, _quoted
-from ..core.modules import _Detached, _span, _warn_user, find_linears
 from ..core.calibrate import Calibration
-from .names import _architecture, _build, _check_match, _from_config, _groups, _key, _matched, _renamer, _sites
+from ..core.folders import _others
+from ..core.modules import _FLOATS, _warn_user, count_params, find_linears
+from ..core.names import _build, _check_match, _emptied, _from_config, _from_names, _is_packed, _key, _loaded, _matched, _renamer
+from ..core.store import _is_store, load_compressed
 from .decide import _check_round_to, _decide, _left_out, _notes, _row_of, _warn
 from .plan import DecompositionPlan
 from .solve import _check_finite, _spectrum
 from .ranks import mk_policy
-from .shards import _finish, _holding, _Look, _Meter, _others, _PLAN, _pieces, _Run, _svd_cost, _target, _write_shard
+from .shards import _finish, _holding, _Look, _Meter, _PLAN, _pieces, _Run, _svd_cost, _write_shard, _written_to
+
+# %% ../../nbs/lowrank/checkpoint.ipynb #0c807de0
+def _architecture(model, ck, layers):
+    "The model that says what may be decomposed, what its tensors are in the checkpoint, and the number of its parameters"
+    if model is None and not isinstance(why := _from_config(ck.path), str): model = why
+    if model is not None:
+        net = _build(model)
+        seen = _matched(net.state_dict(), ck, _renamer(net, ck.tensors), net)
+        _check_match(net, seen, packed=True)
+        return net, seen, count_params(net)
+    if layers is not None:
+        net = _from_names(ck.tensors, layers)
+        return net, _matched(ck.tensors, ck, lambda k: (k, None, None), net), sum(t.numel for t in ck.tensors.values() if t.torch_dtype in _FLOATS)
+    some = [k[:-7] for k,t in ck.tensors.items() if k.endswith('.weight') and len(t.shape) == 2][:3]
+    raise ValueError(f'{ck.path} does not say which of its matrices are fully-connected layers: {why}. Pass model=, a function that builds the model, '
+                     f'or layers=, names such as {", ".join(map(repr, some))} or wildcards.')
+
+def _sites(model, seen, types):
+    "Layers of `model`, what they are called in the checkpoint, and reasons why some stay as they are there"
+    sites,keys,why = find_linears(model, types=types),{},{}
+    for s in (s for s in sites if s.reason is None):
+        if (n := next((n for n in s.names if n in seen.packed), None)) is not None: why[s.name] = _is_packed(seen.packed[n])
+        else: keys[s.name] = [_stored_as(n, seen) for n in s.names if _key(n, 'weight') in seen.shapes]
+        if None in keys.get(s.name, ()):
+            del keys[s.name]
+            why[s.name] = 'the file stores it in another form, which transformers converts when it loads the model'
+    return sites,keys,why
+
+def _stored_as(n, seen):
+    "What layer `n` is called in the checkpoint, None where not all of it lies there as it is in the model"
+    have = [seen.direct.get(_key(n, o)) for o in ('weight', 'bias') if _key(n, o) in seen.shapes]
+    names = {t and t.name.rpartition('.')[::2] for t in have}
+    layer = next(iter(names))[0] if None not in names else None
+    return layer if names <= {(layer, 'weight'), (layer, 'bias')} and layer is not None else None
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #b69fc8ef
 def _look(sites, stored, run, spectra, device):
@@ -89,11 +126,11 @@ class _Job:
     "One call of `decompose_checkpoint`: everything that is known before something is written"
     def __init__(self, src, dst, policy, model, layers, exclude, types, device, overwrite):
         self.policy,self.overwrite,self.ck = policy,overwrite,_open(src)
-        if any(_PLAN in m for m in self.ck.metas.values()): raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
-        dst,self.single = _target(src, dst, self.ck, overwrite)
+        if _is_store(src) or any(_PLAN in m for m in self.ck.metas.values()): raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
+        dst,self.single = _written_to(src, dst, self.ck, overwrite)
         self.run,self.device,(self.net,self.seen,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
         self.sites,self.keys,self.why = _sites(self.net, self.seen, types)
-        self.copy,left = _others(self.ck) if self.ck.path.is_dir() else ([], [])
+        self.copy,left = _others(self.ck.path, {*self.ck.metas, self.ck.index}) if self.ck.path.is_dir() else ([], [])
         if left and world()[0] == 0: _warn_user(f'{dst} will not have {", ".join(left)}: only weights in safetensors are decomposed.')
         if (n := len(self.seen.packed)) and world()[0] == 0: _warn_user(
             f'{n} layers ({_quoted(self.seen.packed)}) are stored in 8 or 4 bits and stay as they are. load_decomposed cannot '
@@ -150,14 +187,6 @@ def _as_in(model, plan, rename):
         return replace(o, kind=s.kind if plain else o.kind, readable=s.reader is not None)
     return replace(plan, layers=tuple(map(f, plan.layers)))
 
-def _emptied(model):
-    "A copy of `model` whose parameters hold no data; buffers are copied, ties remain"
-    memo,metas = {},{}
-    for p in model.parameters():
-        key = (*_span(p), p.shape, p.stride())
-        memo[id(p)] = metas.setdefault(key, nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad))
-    with torch.inference_mode(False), torch.no_grad(), _Detached(): return copy.deepcopy(model, memo)
-
 # %% ../../nbs/lowrank/checkpoint.ipynb #4dc6983e
 _PARTS = {'0.weight': 'weight', '1.weight': 'weight', '1.bias': 'bias'}     # of a pair, and of the layer it was
 
@@ -176,33 +205,15 @@ def _with_pairs(rename, plan, names):
         return (k, None, None) if k in own else rename(k)
     return f
 
-# %% ../../nbs/lowrank/checkpoint.ipynb #9a6b400b
-def _tensors(model, seen, device):
-    "Name in the state dict -> tensor; tied names get one"
-    res,want,made = {},model.state_dict(keep_vars=True),{}
-    def get(k):
-        if k in seen.direct: return seen.direct[k].read().to(device)
-        if k not in made: made.update(seen.mixed[k].tensors())
-        t = made.pop(k).to(device).contiguous()
-        return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()     # it may be a slice of another
-    for names in _groups(model):
-        have = [k for k in names if k in seen.shapes]
-        t = get(have[0])
-        for k in have[1:]:
-            if not torch.equal(get(k), t): raise ValueError(f'{have[0]!r} and {k!r} are tied in the model, but differ in {seen.path}.')
-        old = want[names[0]]
-        if isinstance(old, nn.Parameter): t = nn.Parameter(t, old.requires_grad and t.is_floating_point())
-        res |= dict.fromkeys(names, t)
-    return res
-
 # %% ../../nbs/lowrank/checkpoint.ipynb #a5852243
 def load_decomposed(
     model: nn.Module|Callable[[],nn.Module]|None,   # function that builds the dense model, a dense model, or None where config.json says it
-    path: str|os.PathLike,                          # written by `decompose_checkpoint`, or of a decomposed model with its plan as plan.json beside it
+    path: str|os.PathLike,                          # written by `decompose_checkpoint` or `save_compressed`, or a decomposed model with its plan as plan.json beside it
     *,
     device: torch.device|str|None = None,           # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                     # a new model, in the mode (training or not) of the dense one, dtypes from the file
     "The model in a decomposed checkpoint, without any SVD; loads strictly"
+    if _is_store(path): return load_compressed(path, model, device=device)
     ck = _open(path)
     plan = _plan_of(ck)
     if model is None and isinstance(model := _from_config(ck.path if ck.path.is_dir() else ck.path.parent), str):
@@ -213,10 +224,4 @@ def load_decomposed(
     plan = _as_in(net, plan, rename)
     small = plan.skeleton(_emptied(net))
     names = small.state_dict().keys()
-    seen = _matched(names, ck, _with_pairs(rename, plan, names), net)
-    _check_match(small, seen)
-    if (lost := [n for n,b in small.named_buffers() if b.is_meta and n not in names]):
-        raise ValueError(f'{lost[0]!r} is in no checkpoint and holds no data (meta device). '
-                         'Pass a function that builds the model, not a model on the meta device.')
-    small.load_state_dict(_tensors(small, seen, device), assign=True)
-    return small.to(device)
+    return _loaded(small, _matched(names, ck, _with_pairs(rename, plan, names), net), device)

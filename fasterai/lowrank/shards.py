@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/lowrank/shards.ipynb #8e38b76b
-import json, os, re, shutil, time
+import json, os, shutil, time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +15,10 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from ..core.distributed import world
-from ..core.files import _Checkpoint, _header, _Stored
+from ..core.files import _header, _Stored
+from ..core.folders import _copy, _target
 from ..core.modules import _is_conv1d, LinearSite
-from .names import _key
+from ..core.names import _key
 from .plan import DecompositionPlan, LayerPlan
 from .solve import _check_finite, _empty, _mk
 
@@ -221,35 +222,6 @@ def agree(self:_Run, plan: DecompositionPlan, overwrite: bool) -> set[str]:
     plan.save(f, overwrite=True)
     return {f.name for f in self.out.glob('*.safetensors')}
 
-# %% ../../nbs/lowrank/shards.ipynb #5beddedc
-_WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack', '.onnx', '.onnx_data', '.gguf', '.tflite', '.index.json')
-_DENSE = re.compile(r'(onnx|openvino|original|coreml|gguf|tflite|checkpoint-\d+)', re.I)   # folders with the dense model once more
-
-def _others(ck: _Checkpoint) -> tuple[list[Path],list[str]]:
-    "What else a model folder holds: relative paths to copy, and what is left out because it holds dense weights"
-    copy,leave,folder,own = [],[],ck.path,{*ck.metas, ck.index}
-    def walk(at, over):
-        for f in sorted(at.iterdir()):
-            name = f.relative_to(folder)
-            if f.name[0] == '.' or f in own or (at == folder and f.name == 'plan.json'): continue
-            if f.is_dir():
-                if _DENSE.fullmatch(f.name): leave.append(f'{name}/')
-                elif (real := f.resolve()) in over: leave.append(f'{name} (a link to a folder around it)')
-                else:
-                    copy.append(name)
-                    walk(f, (*over, real))
-            elif at == folder and f.name.endswith(_WEIGHTS): leave.append(str(name))
-            elif f.is_file(): copy.append(name)
-            elif f.is_symlink(): leave.append(f'{name} (a link to nothing)')
-    walk(folder, (folder.resolve(),))
-    return copy,leave
-
-def _copy(folder, names, out):
-    "Copy what `_others` found; a link becomes the file it leads to"
-    for n in names:
-        if (folder/n).is_dir(): (out/n).mkdir(exist_ok=True)
-        else: shutil.copyfile(folder/n, out/n)
-
 # %% ../../nbs/lowrank/shards.ipynb #9555e8fd
 def _new_index(ck, pieces, out):
     "Write the index of the new shards"
@@ -272,21 +244,11 @@ def _finish(run, ck, pieces, single, copy):
     shutil.rmtree(run.path)
 
 # %% ../../nbs/lowrank/shards.ipynb #7148c438
-def _target(src, dst, ck, overwrite):
+def _written_to(src, dst, ck, overwrite):
     "Where to write, with all links followed, and whether it is one file; raises where that would destroy something"
     src,given = Path(src).resolve(),Path(dst)
-    dst,single = given.resolve(),given.name.endswith('.safetensors')
+    single = given.name.endswith('.safetensors')
     if single and src.is_dir(): raise ValueError(f'{src} is a folder, so dst is one too: leave out .safetensors, got {given}.')
-    if dst == src or src in dst.parents or dst in src.parents or any(f.resolve() == dst or dst in f.resolve().parents for f in ck.metas):
-        raise ValueError(f'dst must lie outside of src, got {given}{_led_to(given)}.')
-    if not dst.parent.is_dir(): raise FileNotFoundError(f'the folder {dst.parent} does not exist{_led_to(given)}.')
-    if not dst.exists(): return dst,single
-    if not overwrite: raise FileExistsError(f'{given} exists. Pass overwrite=True to replace it.')
-    if dst.is_dir() == single: raise FileExistsError(f'{given} exists and is a {"folder" if single else "file"}. Remove it first.')
-    if any(dst.samefile(f) for f in ck.metas): raise ValueError(f'dst must lie outside of src: {given} is another name of the same file.')
-    if dst.is_mount(): raise FileExistsError(f'{given} is the top folder of a disk and cannot be replaced. Choose a folder below it.')
-    if dst.is_dir() and any(dst.iterdir()) and not any(_PLAN in _header(f)[1] for f in dst.glob('*.safetensors')):
-        raise FileExistsError(f'{given} is not a decomposed checkpoint, so it is not replaced. Remove it first.')
-    return dst,single
+    return _target(given, overwrite, src, [*ck.metas], single, 'dst', _not_ours), single
 
-def _led_to(path): return f' (a link to {path.resolve()})' if path.is_symlink() else ''
+def _not_ours(dst): return None if any(_PLAN in _header(f)[1] for f in dst.glob('*.safetensors')) else 'is not a decomposed checkpoint'
