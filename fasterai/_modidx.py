@@ -473,6 +473,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.moments._Counted.varies': ( 'core/moments.html#_counted.varies',
                                                                                   'fasterai/core/moments.py'),
                                        'fasterai.core.moments._add_gram': ('core/moments.html#_add_gram', 'fasterai/core/moments.py'),
+                                       'fasterai.core.moments._blas': ('core/moments.html#_blas', 'fasterai/core/moments.py'),
                                        'fasterai.core.moments._views': ('core/moments.html#_views', 'fasterai/core/moments.py'),
                                        'fasterai.core.moments.block_sizes': ('core/moments.html#block_sizes', 'fasterai/core/moments.py')},
             'fasterai.core.names': { 'fasterai.core.names._Match': ('core/names.html#_match', 'fasterai/core/names.py'),

@@ -239,7 +239,7 @@ def test_large_groups_are_cut_into_blocks():
     net,x = nn.Sequential(nn.Conv2d(6, 4, 3, groups=2)).double(),randn(2, 6, 6, 6)
     check(collect_inputs(net, x, patches=True, block=10)['0'], F.unfold(x, 3).transpose(1, 2).flatten(0, 1), (10, 10, 7)*2)
 
-@pytest.mark.parametrize('m,shape', [CONVS['groups'], CONVS['one'], CONVS['three'], CONVS['no_batch'],
+@pytest.mark.parametrize('m,shape', [CONVS['groups'], CONVS['depthwise'], CONVS['one'], CONVS['three'], CONVS['no_batch'],
     (nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5)),
     (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 3)), (nn.ConvTranspose3d(4, 2, 2), (2, 4, 2, 3, 2))])
 @pytest.mark.parametrize('channels_last', [False, True])
@@ -248,7 +248,7 @@ def test_channels(m, shape, channels_last):
     if channels_last and x.ndim == 4: x = x.to(memory_format=torch.channels_last)
     ins = collect_inputs(net, x, outputs='full')
     at = x.ndim - m.weight.ndim + 1
-    check(ins['0'], x.movedim(at, -1).flatten(0, -2))
+    check(ins['0'], x.movedim(at, -1).flatten(0, -2), (m.in_channels//m.groups,)*m.groups)      # one block for each group
     check(ins.outputs['0'], net(x).detach().movedim(at, -1).flatten(0, -2))
     assert ins['0'].kind == 'channels' and ins.outputs['0'].kind == 'outputs'
     if m.transposed: assert collect_inputs(net, x, patches=True)['0'].kind == 'channels'
@@ -330,6 +330,17 @@ def test_a_shortcut_shares_the_input_of_its_block():
     for n in ins: check(ins[n], seen(net, n, x)[0].movedim(1, -1).flatten(0, -2))
     ins = collect_inputs(net, x, layers='layer2', patches=True)
     assert ins['layer2.0.conv1'].cov is not ins['layer2.0.downsample.0'].cov
+
+def test_layers_of_other_groups_have_their_own_blocks():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.c = (nn.Conv1d(4, 4, k, groups=g, padding=k//2) for k,g in ((3, 4), (1, 1), (5, 4)))
+        def forward(self, x): return self.a(x) + self.b(x) + self.c(x)
+    x = randn(3, 4, 6)
+    ins = collect_inputs(Two().double(), x)
+    assert ins['a'].cov is ins['c'].cov and ins['a'].cov is not ins['b'].cov
+    for n,sizes in dict(a=(1,)*4, b=(4,)).items(): check(ins[n], x.movedim(1, -1).flatten(0, 1), sizes)
 
 def test_a_layer_that_is_called_twice():
     fc = nn.Linear(4, 4)

@@ -80,12 +80,12 @@ def _view(s, patched):
     "What a row of the input of layer `s` is; equal for layers that can share their moments"
     if not isinstance(s, ConvSite): return ('features',)
     m = s.module
-    if not patched or s.transposed: return ('channels',)
+    if not patched or s.transposed: return 'channels',m.groups
     return 'patches',m.groups,m.kernel_size,m.stride,m.padding,m.dilation,m.padding_mode
 
 def _sizes(s, view, block):
-    if view[0] != 'patches': return block_sizes(s.in_features, block=block)
-    return block_sizes(s.in_features*math.prod(s.module.kernel_size), s.groups, block)
+    kernel = math.prod(s.module.kernel_size) if view[0] == 'patches' else 1
+    return block_sizes(s.in_features*kernel, getattr(s, 'groups', 1), block)
 
 # %% ../../nbs/core/inputs.ipynb #bdd61d05
 @patch

@@ -7,10 +7,11 @@ __all__ = ['BLOCK', 'block_sizes', 'Moments']
 
 # %% ../../nbs/core/moments.ipynb #d0438671
 from dataclasses import dataclass
+from functools import cache
 import torch
 from fastcore.basics import patch
 from scipy.linalg.blas import get_blas_funcs
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from .modules import _double
 from .sums import _exact_products, _Moments, _oas
 
@@ -63,12 +64,15 @@ class _Blocks(_Moments):
             P = d.square().sum(0) if b == 1 else d.permute(1, 2, 0) @ d.transpose(0, 1)
             self.G += _double(P).flatten()
             return
-        with threadpool_limits(torch.get_num_threads(), 'blas'):
+        with _blas().limit(limits=torch.get_num_threads(), user_api='blas'):
             for G,d,shift in zip(_views(self.G, self.sizes), x.split(self.sizes, 1), self.shift.split(self.sizes)): _add_gram(G, d, shift)
 
     def _outer(self, a, b): return torch.cat([torch.outer(x, y).flatten() for x,y in zip(a.split(self.sizes), b.split(self.sizes))])
 
     def _shapes(self, d): return dict(sum=(d,), sq=(), G=(sum(b*b for b in self.sizes),))
+
+@cache
+def _blas(): return ThreadpoolController()      # to look for libraries takes longer than most products
 
 def _add_gram(G, x, shift):
     "Add (x - shift)ᵀ(x - shift) to `G`, on the CPU to its upper triangle alone"
