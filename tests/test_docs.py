@@ -76,7 +76,7 @@ def test_source_pages_hold_all_the_code(path):
     assert all(f'id="{n}"' in md for n in names)
 
 def test_methods_have_a_source():
-    assert {'LayerPlan', 'LayerPlan.error', 'DecompositionPlan.apply', 'make_plan'} <= source.defined(root/'fasterai/lowrank/plan.py')
+    assert {'LayerPlan', 'LayerPlan.error', 'DecompositionPlan.apply', 'DecompositionPlan.edit'} <= source.defined(root/'fasterai/lowrank/plan.py')
 
 def sidebar(): return yaml.safe_load((root/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
 

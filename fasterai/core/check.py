@@ -8,13 +8,13 @@ __all__ = ['check_result', 'swap_faults', 'first_batch']
 # %% ../../nbs/core/check.ipynb #e02dd7d7
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
 import torch
 from torch import nn
 from .batches import Batches, _rng_kept, _seed, left_as_found
-from .modules import LinearSite, _is_conv1d, count_params, is_pair, mk_pair
+from .modules import LinearSite, count_params, is_pair, mk_pair
 
 # %% ../../nbs/core/check.ipynb #b81ba4ff
 def check_result(

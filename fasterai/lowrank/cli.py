@@ -27,7 +27,7 @@ from ..core.digits import digits_dls
 from ..core.distributed import world
 from ..core.distill import SelfDistillation
 from ..core.files import _umask
-from ..core.modules import _warn_user, count_params
+from ..core.modules import count_params
 from .checkpoint import decompose_checkpoint
 from .decide import make_plan
 from .plan import DecompositionPlan

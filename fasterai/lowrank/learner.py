@@ -20,7 +20,7 @@ from ..core.batches import left_as_found
 from ..core.modules import _warn_user, is_pair
 from ..misc.fc_decomposer import FC_Decomposer
 from ..core.calibrate import Calibration
-from .factorize import spectrum
+from .svd import spectrum
 from ..core.latency import LatencyTable
 from .decide import make_plan
 from .plan import DecompositionPlan, LayerPlan

@@ -19,7 +19,8 @@ from ..core.distributed import agreed
 from ..core.modules import LinearSite, _double, _is_ours, _warn_user, count_params, find_linears, is_pair
 from ..core.plan import Plan, Row
 from ..core.surgery import _become, copy_with
-from .factorize import Basis, Solver, _check_solver, trunc_error
+from .factorize import Basis
+from .svd import Solver, _check_solver, trunc_error
 from .ranks import Layer, mk_policy
 from .solve import _basis, _bias, _check_finite, _divided, _empty, _filled, _mk, _packed, _tensors, _unpacked
 

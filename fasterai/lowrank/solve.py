@@ -12,7 +12,8 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 from ..core.distributed import agreed, balanced, shared, world
 from ..core.modules import _warn_user, mk_pair
-from .factorize import Basis, factorize, shifted_bias, spectrum
+from .factorize import Basis, factorize, shifted_bias
+from .svd import spectrum
 
 # %% ../../nbs/lowrank/solve.ipynb #9553b700
 _BAR_FROM = 2e10  # multiply-adds of factorization, about two seconds on two cores

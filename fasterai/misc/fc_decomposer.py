@@ -14,7 +14,7 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _short
-from ..lowrank.factorize import Solver
+from ..lowrank.svd import Solver
 from ..lowrank.decide import make_plan
 from ..lowrank.plan import DecompositionPlan
 from ..lowrank.ranks import Policy, RankRatio, mk_policy
