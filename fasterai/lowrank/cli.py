@@ -26,7 +26,7 @@ from torchvision.models import vgg16_bn
 from ..core.digits import digits_dls
 from ..core.distributed import world
 from ..core.distill import SelfDistillation
-from ..core.files import _umask
+from ..core.files import _umask, training_weights
 from ..core.modules import count_params
 from .checkpoint import decompose_checkpoint
 from .decide import make_plan
@@ -75,39 +75,12 @@ def _refused(path, why):
     return (f'{path} holds {cls[1]}, and loading anything but tensors may run code. If you trust the file pass --allow-pickle; '
             'otherwise save model.state_dict() with torch.save.')
 
-# %% ../../nbs/lowrank/cli.ipynb #7a1c0e13
-_KEYS = ('state_dict','model_state_dict','model','net','network','weights','module')   # where training scripts keep weights, best first
-
-def _dicts(d, where=(), depth=3):
-    "Dictionaries of tensors inside `d`: (keys that lead there, {name: tensor})"
-    own = {k: v for k,v in d.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    if own: yield where, own
-    for k in sorted(d, key=lambda k: _KEYS.index(k) if k in _KEYS else len(_KEYS)):
-        v = d[k].state_dict() if isinstance(d[k], nn.Module) else d[k]
-        if isinstance(v, dict) and depth: yield from _dicts(v, (*where, k), depth-1)
-
-def _prefixes(sd, names):
-    "What can be cut off the names in `sd` so that some are in `names`, nothing first"
-    tops = {k.partition('.')[0] for k in names}
-    found = {k[:i] for k in sd for i in [m.end() for m in re.finditer(r'\.', k)] if k[i:].partition('.')[0] in tops and k[i:] in names}
-    return sorted({''} | found, key=len)
-
-def _training_weights(sd, names):
-    "The weights in a training checkpoint under the `names` of the model; raises ValueError that says what it holds if none of them is there"
-    best,fit = {},0
-    for where,d in _dicts(sd):
-        for p in _prefixes(d, names):
-            cut = {k[len(p):]: v for k,v in d.items() if k.startswith(p)}
-            if (n := len(cut.keys() & names)) > fit: best,fit = cut,n
-    if fit: return best
-    keys = [str(k) for k in sd]
-    held = next((d for _,d in _dicts(sd)), {})
-    if not held: raise ValueError(f'it holds {_some(keys)}, and no dictionary of tensors. Save model.state_dict().')
-    raise ValueError(f'it holds {_some(held)}; the model has {_some(names)}. Is it the file of another model, or are --arch-args missing?')
-
-def _some(ks): return ', '.join(map(repr, sorted(ks)[:3])) + (', …' if len(ks) > 3 else '')
-
 # %% ../../nbs/lowrank/cli.ipynb #eddf92b0
+def _dict_of(o):
+    "`o` with the state dict of a module in its place, also where modules lie in dictionaries"
+    if isinstance(o, nn.Module): return o.state_dict()
+    return {k: _dict_of(v) for k,v in o.items()} if isinstance(o, dict) and any(isinstance(v, (dict, nn.Module)) for v in o.values()) else o
+
 def load_weights(
     model: nn.Module,           # filled in place
     path: str|os.PathLike,      # a .safetensors file, a state dict saved by torch.save or Learner.save, or the checkpoint of a training script
@@ -117,13 +90,9 @@ def load_weights(
     "Load a checkpoint strictly, without unpickling objects"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'no such file: {path}.')
-    sd = _read_weights(path, allow_pickle)
-    if isinstance(sd, nn.Module): sd = sd.state_dict()
-    if not isinstance(sd, dict): raise ValueError(f'{path} holds a {type(sd).__name__}, not a state dict.')
+    sd = _dict_of(_read_weights(path, allow_pickle))
     want = model.state_dict(keep_vars=True)
-    try: sd = _training_weights(sd, want.keys())
-    except ValueError as e: raise ValueError(f'{path} does not fit the model: {e}') from None
-    sd = _tied(want, sd, path)
+    sd = _tied(want, training_weights(sd, want, where=str(path)), path)
     _check_keys(want, sd, path)
     for k,v in want.items():
         if isinstance(v, torch.Tensor) and v.dtype != sd[k].dtype: v.data = v.data.to(sd[k].dtype)     # the dtype of the file, ties stay
@@ -131,6 +100,8 @@ def load_weights(
     return model
 
 # %% ../../nbs/lowrank/cli.ipynb #fe41dbda
+def _some(ks): return ', '.join(map(repr, sorted(ks)[:3])) + (', …' if len(ks) > 3 else '')
+
 def _tied(want, sd, path):
     "`sd` with all names of a tied tensor, where the file has one of them"
     names = {}

@@ -19,6 +19,7 @@ from ..core.modules import LinearSite, _warn_user, count_params, find_linears, s
 from .plan import DecompositionPlan, LayerPlan, _valid
 from .ranks import ParamBudget, mk_policy, round_rank
 from .solve import _check_finite, _digits, _solved
+from .svd import spectrum
 
 # %% ../../nbs/lowrank/decide.ipynb #a2ab3209
 @torch.no_grad()
@@ -36,6 +37,7 @@ def make_plan(
     n_batches: int|None = None,             # batches to look at, None for all
     sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # weigh errors by their effect on the output of the model? 'auto': where the policy wants it
     loss: Callable|None = None,             # loss(output, *targets) for the sensitivity; None for random cotangents of the output
+    spare: bool = False,                    # keep `thin_layers` dense, instead of warning about them?
     quiet: bool = False,                    # no warnings about layers that grow or stay
 ) -> DecompositionPlan:
     "Decide about every fully-connected layer of `model`"
@@ -56,6 +58,7 @@ def make_plan(
     res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
         skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model),
         '; '.join(filter(None, [_notes(policy, chosen, stats if bases else {}), _unread(todo, data)])), stats.sensitivity, bases)
+    if spare: res = _spared(res, {s.name: s.weight for s in todo})
     if not quiet: _warn(res, stats, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
@@ -170,7 +173,7 @@ def _rows_of(st): return f'{st.rows:,} row{"s"[:st.rows != 1]}' + (f' ({st.disti
 
 # %% ../../nbs/lowrank/decide.ipynb #5b1f0c12
 FEW     = 16    # a layer with at most this many inputs or outputs is thin: a rank is a large share of what it computes
-NEXT_TO = .05   # of the parameters of the model: what thin layers can save at most for the saving to be negligible
+NEXT_TO = .02   # of the parameters of the model: what thin layers can save at most for the saving to be negligible
 _LOSS   = .05   # relative error from which a layer loses much
 
 def negligible(
@@ -192,6 +195,15 @@ def thin_layers(
         res.append(o)
     return res
 
+def _spared(plan, weights):
+    "`plan` with its thin layers dense; their errors are computed first where the ranks did not need them"
+    todo = [o.name for o in plan.replaced if o.error is None and negligible(o, plan.params) and not weights[o.name].is_meta]
+    specs = {n: tuple(spectrum(weights[n]).tolist()) for n in todo}
+    known = replace(plan, layers=tuple(replace(o, spectrum=specs[o.name]) if o.name in specs else o for o in plan.layers))
+    why = {o.name: f'kept dense: rank {o.rank} of {o.max_rank} would lose {"much" if o.error is None else f"{o.error:.2g}"} of the output and save '
+           f'{o.weight_params - o.params_after:,} parameters ({(o.weight_params - o.params_after)/plan.params:.1%})' for o in thin_layers(known)}
+    return replace(plan, layers=tuple(replace(o, rank=None, reason=why[o.name]) if o.name in why else o for o in plan.layers))
+
 # %% ../../nbs/lowrank/decide.ipynb #9ec283d9
 def _warn(plan, stats, asked):
     "Say what a user would not expect: layers that grow or lose much for little, few or bad data, nothing to do, a layer named by the user that has to stay"
@@ -205,7 +217,8 @@ def _warn(plan, stats, asked):
     _warn_data(plan, stats)
     if not plan.replaced:
         why = '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in plan.skipped[:3]) or 'it has no fully-connected layer'
-        _warn_user(f'nothing to decompose ({why}).')
+        more = ' layers= decomposes a layer all the same.' if 'kept dense' in why else ''
+        _warn_user(f'nothing to decompose ({why}).{more}')
     elif (stuck := [o for o in plan.layers if not o.can and asked.intersection(o.names)]):
         _warn_user('asked for by name, but left dense: ' + '; '.join(f'{o.name} ({o.reason})' for o in stuck) + '.')
 

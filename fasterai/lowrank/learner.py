@@ -20,10 +20,9 @@ from ..core.batches import left_as_found
 from ..core.modules import _warn_user, is_pair
 from ..misc.fc_decomposer import FC_Decomposer
 from ..core.calibrate import Calibration
-from .svd import spectrum
 from ..core.latency import LatencyTable
 from .decide import make_plan
-from .plan import DecompositionPlan, LayerPlan
+from .plan import DecompositionPlan
 from .ranks import FixedRank, Policy, RankRatio, mk_policy
 from .search import RATIOS, RankSuggestion, rank_find
 from ..core.learner import _Kept, _check_now, _decomposed, _dense_of, _kept, _running, _swap
@@ -56,39 +55,15 @@ def _given_plan(plan, others):
     if others: raise ValueError('a plan says which layers get which ranks: pass it without rank_ratio, policy, layers, exclude and the like.')
     return plan
 
-# %% ../../nbs/lowrank/learner.ipynb #32f7abe5
-def _negligible(row: LayerPlan, params: int) -> bool:
-    "Would this layer lose over a tenth of its output to save less than 1 % of `params`?"
-    return row.rank is not None and row.error is not None and row.error > .1 and row.weight_params - row.params_after < .01*params
-
-def _saved(row): return row.weight_params - row.params_after
-
-def _spared(plan, model, quiet=False):
-    "`plan` with those layers dense whose saving is negligible, for their error; all together may save 2 % of the model"
-    mods,rows,room = dict(model.named_modules()),{},.02*plan.params
-    for o in plan.replaced:     # plain SVD of small layers: their errors were not needed for the ranks
-        small = o.error is None and o.max_rank <= 256 and not mods[o.name].weight.is_meta
-        rows[o.name] = replace(o, spectrum=tuple(spectrum(mods[o.name].weight.detach()).tolist())) if small else o
-    for o in sorted(rows.values(), key=lambda o: -(o.error or 0)/max(1, _saved(o))):
-        if not _negligible(o, plan.params) or _saved(o) > room: continue
-        room -= max(0, _saved(o))
-        rows[o.name] = replace(o, rank=None, reason=f'kept dense: rank {o.rank} of {o.max_rank} would lose {o.error:.2g} of the output '
-                               f'and save {_saved(o):,} parameters ({_saved(o)/plan.params:.1%})')
-    res = replace(plan, layers=tuple(rows[o.name] if o.rank and rows[o.name].rank is None else o for o in plan.layers))
-    if plan.replaced and not res.replaced and not quiet:
-        why = '; '.join(f'{o.name}: {o.reason}' for o in res.layers[:3])
-        _warn_user(f'nothing to decompose ({why}). layers= decomposes a layer all the same.')
-    return res
-
 # %% ../../nbs/lowrank/learner.ipynb #7c2f0e97
 @patch
 def decompose(self:Learner, 
     rank_ratio: float = 0.5,                # share of singular values to keep, in (0, 1]
     *,
     policy: 'Policy|float|int|Mapping|None' = None, # in place of `rank_ratio`: a policy, a rank, {name: policy}
-    plan: 'DecompositionPlan|RankSuggestion' = _UNSET, # in place of all that chooses layers and ranks: a plan, or what `rank_find` found
+    plan: 'DecompositionPlan|RankSuggestion' = _UNSET, # a plan or the result of `rank_find`, in place of the arguments that choose layers and ranks
     data=None,                              # calibration data or a `Calibration`; None for the training set of `dls`
-    calibrated: bool = True,                # False: plain SVD, without looking at data
+    calibrated: bool = True,                # False: plain SVD, without data
     n_batches: int|None = None,             # batches to look at, None for all
     sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # weigh errors by their effect on the output? 'auto': for a budget
     layers: str|Iterable[str]|None = None,  # only these layers: names, containers, wildcards
@@ -97,7 +72,7 @@ def decompose(self:Learner,
     round_to: int = 1,                      # ranks in multiples of this
     types: Iterable[type] = (),             # subclasses of nn.Linear to treat as nn.Linear
 ) -> Learner:                               # itself
-    "Replace the model by its decomposed form and drop the optimizer (in a running fit: make a new one); `undecompose` goes back"
+    "Replace the model by its decomposed copy and drop the optimizer (in a running fit: make a new one); `undecompose` restores the dense model"
     _check_places(rank_ratio=rank_ratio, policy=policy, plan=plan, data=data)
     _check_now(self, 'decompose')
     given = plan is not _UNSET
@@ -111,8 +86,8 @@ def decompose(self:Learner,
             data = (self.dls if data is None else data) if calibrated else None
             policy = RankRatio(rank_ratio) if policy is None else policy
             plan = make_plan(self.model, policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude,
-                             skip_unprofitable=skip_unprofitable, round_to=round_to, types=types, quiet=_decomposed(self))
-            if layers is None and isinstance(mk_policy(policy), (RankRatio, FixedRank)): plan = _spared(plan, self.model, _decomposed(self))
+                             skip_unprofitable=skip_unprofitable, round_to=round_to, types=types, quiet=_decomposed(self),
+                             spare=layers is None and isinstance(mk_policy(policy), (RankRatio, FixedRank)))
         elif data is None and any(o.calibrated and o.name not in plan.bases for o in plan.replaced): data = self.dls    # a plan from a file
         if _stays(self, plan): return self
         small = plan.apply(self.model, data=data if given else None, n_batches=n_batches if given else None)
@@ -150,7 +125,7 @@ def plans(self:Learner) -> list[DecompositionPlan]:
 # %% ../../nbs/lowrank/learner.ipynb #27aff599
 @patch
 def undecompose(self:Learner) -> Learner: # itself
-    "Put the dense model back, as it was before the first `decompose`; the optimizer is dropped, or made anew in a running fit"
+    "Restore the dense model, as it was before the first `decompose`; the optimizer is dropped, or made anew in a running fit"
     if not _decomposed(self): raise ValueError('nothing to undo: this Learner was not decomposed, or is dense again.')
     if _dense_of(self) is None: raise ValueError('an exported Learner holds no dense model to go back to, and neither does a copy.')
     _check_now(self, 'undecompose')
