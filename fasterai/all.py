@@ -9,8 +9,9 @@ from fasterai.core.modules import LowRankHead, LowRankLinear, count_params, find
 from fasterai.core.plan import Plan
 from fasterai.core.readers import weight_readers
 from fasterai.core.report import ModelComparison, compare_models, plot_tradeoff
+from fasterai.core.weights import load_weights
 from fasterai.lowrank.checkpoint import decompose_checkpoint, load_decomposed
-from fasterai.lowrank.cli import load_weights, run_example
+from fasterai.lowrank.cli import run_example
 from fasterai.lowrank.decide import make_plan, plot_spectra
 from fasterai.lowrank.factorize import break_even, factorize
 from fasterai.lowrank.plan import DecompositionPlan, LayerPlan, to_dense

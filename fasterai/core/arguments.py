@@ -77,7 +77,8 @@ def _recognized(f: _Forward, x, items) -> dict[int,str]:
     return res
 
 # %% ../../nbs/core/arguments.ipynb #b7c1d20b
-_NO_TENSOR = re.compile(r'(return|output|use|need|is|with|do|only|get|interpolate|apply|compute)_.*|verbose|training|mode|.*cache.*|past_.*|mems')
+_NO_TENSOR = re.compile(r'(return|output|use|need|is|with|do|only|get|interpolate|apply|compute)_.*'
+                        r'|verbose|training|mode|.*cache.*|past_.*|mems')
 _NO_LABELS = re.compile(r'h|h0|hx|c|c0|.*(hidden|state|scale|weight|bias|noise|feat|embed|memory|context).*')    # not for class numbers
 _COLLECTION = re.compile(r'((typing\.)?Optional\[)?(typing\.)?(tuple|list|dict|sequence|mapping)\b', re.I)
 

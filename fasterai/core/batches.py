@@ -58,7 +58,8 @@ class Batches:
         data,                       # see the table
         n_batches: int|None = None, # at most this many; None for all
         *,
-        place: tuple[int,int] = (0, 1), # rank and number of processes that share the batches of fastai `DataLoaders`; other data are taken as the share of a rank
+        # rank and number of processes that share the batches of fastai `DataLoaders`; other data are taken as the share of a rank
+        place: tuple[int,int] = (0, 1),
     ):
         if n_batches is not None and (isinstance(n_batches, bool) or not isinstance(n_batches, int) or n_batches < 1):
             raise ValueError(f'n_batches must be an int of at least 1, or None for all, got {_short(n_batches)}.')
@@ -67,11 +68,12 @@ class Batches:
         self.n_batches,self.splits = n_batches,{}
         self.single = isinstance(self.dls, (torch.Tensor, np.ndarray, Mapping, tuple))
         self.loaders = isinstance(self.dls, DataLoaders)
-        self.first,self.step = place if self.loaders and getattr(self.dls.train, 'world_size', 1) == 1 else (0, 1)   # a DistributedDL is a share already
+        # a DistributedDL is a share already
+        self.first,self.step = place if self.loaders and getattr(self.dls.train, 'world_size', 1) == 1 else (0, 1)
         self.fn = self.dls if not self.single and not isinstance(self.dls, Iterable) and callable(self.dls) else None
         if not (self.single or self.loaders or self.fn or isinstance(self.dls, Iterable)):
-            raise TypeError('data must be a tensor, a dict or tuple (one batch), an iterable of batches, a DataLoader, DataLoaders, a Learner, '
-                            f'or a function of the model, got {type(data).__name__}.')
+            raise TypeError('data must be a tensor, a dict or tuple (one batch), an iterable of batches, a DataLoader, DataLoaders, '
+                            f'a Learner, or a function of the model, got {type(data).__name__}.')
 
     def __iter__(self) -> Iterator:
         if self.single or self.fn: return iter([self.dls])
@@ -189,7 +191,8 @@ def _seed():
     random.seed(0)
 
 class _Bar:
-    "A progress bar that appears where the work takes more than a second, and goes when the loop is left in any way; `comment` can change on the way"
+    """A progress bar that appears where the work takes more than a second, and goes when the loop is left in any way; `comment` can
+    change on the way"""
     def __init__(self, items: Iterable, comment: str): self.items,self.comment = items,comment
     def __iter__(self):
         start,it,n = time.monotonic(),iter(self.items),0

@@ -70,7 +70,8 @@ def _called(self:_FnWalk, e):
     elif isinstance(f, ast.Attribute):
         own = [m for m in self.mods(f.value) if isinstance(m, nn.Module)]
         if name == 'get_submodule': return [o for m in own for o in self._paths(m, e)]
-        if name in ('children','named_children','values','items'): return [c for m in self.mods(f.value) for c in ([[*m.children()]] if isinstance(m, nn.Module) else [m])]
+        if name in ('children','named_children','values','items'):
+            return [c for m in self.mods(f.value) for c in ([[*m.children()]] if isinstance(m, nn.Module) else [m])]
         if name in ('modules','named_modules'): return [[*m.modules()] for m in own]
         if name in ('get','pop') and not own: return self._items(f.value)
     return [o for fn,first in self._callees(f) for o in self._into(e, fn, first)]

@@ -38,7 +38,8 @@ class _Product(torch.Tensor):
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
         name = getattr(f, '__name__', '')
-        if f == torch.Tensor.data.__set__ or name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(args[0], cls):
+        writes = name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_'
+        if f == torch.Tensor.data.__set__ or writes and isinstance(args[0], cls):
             raise RuntimeError('the weight of a LowRankHead is the product of its two factors: what is written to it would be lost. '
                                'Make the layer dense first, with to_dense(model), or train the factors, 0 and 1.')
         with torch._C.DisableTorchFunctionSubclass(): return f(*args, **(kwargs or {}))
@@ -112,14 +113,17 @@ _TABLES = ('bias','pos','embed')  # in names of parameters that are looked up or
 _LISTS = (nn.ParameterList, nn.ParameterDict)
 
 def _others(n, m, multiplied):
-    "Rows (name, in, out, reason, number of weights) for matrices of `m` that are not layers; `multiplied` says which ones forward multiplies with"
+    """Rows (name, in, out, reason, number of weights) for matrices of `m` that are not layers; `multiplied` says which ones forward
+    multiplies with"""
     pre = f'{n}.' if n else ''
     if isinstance(m, nn.MultiheadAttention):
         for k in ('in_proj_weight','q_proj_weight','k_proj_weight','v_proj_weight'):
             if (p := getattr(m, k)) is not None:
-                yield pre+k, p.shape[1], p.shape[0], f'{"packed q/k/v" if k[0] == "i" else k[0]} projection: a parameter, not a layer', p.numel()
+                what = 'packed q/k/v' if k[0] == 'i' else k[0]
+                yield pre+k, p.shape[1], p.shape[0], f'{what} projection: a parameter, not a layer', p.numel()
     elif isinstance(m, nn.RNNBase):
-        yield n, m.input_size, m.hidden_size, f'recurrent weights of {type(m).__name__}', sum(p.numel() for p in m.parameters() if p.ndim > 1)
+        yield n, m.input_size, m.hidden_size, f'recurrent weights of {type(m).__name__}', \
+            sum(p.numel() for p in m.parameters() if p.ndim > 1)
     elif isinstance(m, nn.Bilinear): yield n, m.in1_features*m.in2_features, m.out_features, 'Bilinear is not nn.Linear', m.weight.numel()
     elif isinstance(m, _LISTS) or not type(m).__module__.startswith('torch.nn.') or type(m) is nn.Module:
         for k,p in [*m._parameters.items(), *m._buffers.items()]:
@@ -127,7 +131,8 @@ def _others(n, m, multiplied):
             what = 'a parameter' if k in m._parameters else 'a buffer'
             if p.ndim == 3 and min(p.shape) > 1 and k in m._parameters:
                 yield pre+k, p.shape[2], p.shape[1], 'stacked matrices: a parameter, not a layer', p.numel()
-            elif p.ndim == 2 and min(p.shape) > 1 and p.is_floating_point() and not _looks_linear(m) and (isinstance(m, _LISTS) or (id(m), k) in multiplied):
+            elif p.ndim == 2 and min(p.shape) > 1 and p.is_floating_point() and not _looks_linear(m) \
+                and (isinstance(m, _LISTS) or (id(m), k) in multiplied):
                 yield pre+k, p.shape[1], p.shape[0], f'{what}, not a layer', p.numel()
 
 def _inside(model):
@@ -150,7 +155,8 @@ def find_linears(
     "Every fully-connected layer of `model`, with the reason where it has to be left alone"
     if not isinstance(model, nn.Module):
         hint = ('; pass learn.model' if isinstance(getattr(model, 'model', None), nn.Module) else f'; pass an instance of {model.__name__}'
-            if isinstance(model, type) else '; data come second' if any(hasattr(model, k) for k in ('__iter__','loaders')) and not isinstance(model, (str, Mapping)) else '')
+            if isinstance(model, type) else '; data come second' if any(hasattr(model, k) for k in ('__iter__','loaders'))
+            and not isinstance(model, (str, Mapping)) else '')
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}{hint}.')
     types,inside,away,owners,r,heads = tuple(types),_inside(model),_away(model),_owners(model),_walk(model),_heads(model)
     names = defaultdict(list)
@@ -160,7 +166,8 @@ def find_linears(
         res += [LinearSite((o,), m, i, j, why, size=size) for o,i,j,why,size in _others(n, m, r.multiplied)]
         if not _looks_linear(m) or isinstance(m, nn.Bilinear): continue
         adapter = 'a LoRA adapter; merge the adapters first' if any(p.startswith('lora_') for p in n.split('.')) else None
-        why = inside.get(id(m)) or adapter or away.get(id(m)) or _type_reason(m, types) or _content_reason(m) or _tie_reason(m, owners) or _walk_reason(m, r)
+        why = inside.get(id(m)) or adapter or away.get(id(m)) or _type_reason(m, types) or _content_reason(m) \
+            or _tie_reason(m, owners) or _walk_reason(m, r)
         nm = m.weight.shape if _is_conv1d(m) else (m.in_features, m.out_features) if why else m.weight.shape[::-1]
         res.append(LinearSite(tuple(names[id(m)]), m, *nm, why, r.found.get(id(m)) or heads.get(id(m)) or _hooked(m), head=id(m) in heads))
     return res
@@ -197,7 +204,8 @@ def select(
     "The layers that `patterns` select"
     pats = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
     for p in pats:
-        if not isinstance(p, str): raise TypeError(f'{arg} takes names of layers, got {type(p).__name__}; names are those of model.named_modules().')
+        if not isinstance(p, str):
+            raise TypeError(f'{arg} takes names of layers, got {type(p).__name__}; names are those of model.named_modules().')
         if any(match_name(n, p) for ns in names.values() for n in ns) or any(match_name(n, p) for n in known): continue
         every = [n for ns in names.values() for n in ns]
         close = get_close_matches(p, every, 2, 0.3)

@@ -38,7 +38,8 @@ def _reads(self:_FnWalk, layers, attr, e=None):
     "`attr` of these layers is asked for: a pair has it, can offer it, gets it from the layer, or the layer has to stay"
     for m in layers:
         if attr in LINEAR_ATTRS:
-            if isinstance(e, ast.Name) and e.id in self.wide: self._keep([m], 'looks into all of its modules')   # two layers more would be met
+            if isinstance(e, ast.Name) and e.id in self.wide:
+                self._keep([m], 'looks into all of its modules')   # two layers more would be met
             else: self.reader.found.setdefault(id(m), self.fn.__qualname__)
         elif attr in ('__class__', '_get_name'): self._keep([m], 'asks for its class')
         elif attr in _INSIDE or attr not in _SAME and attr not in m.__dict__ and hasattr(m, attr): self._keep([m], f'uses its {attr}')
@@ -74,7 +75,8 @@ def visit_Attribute(self:_FnWalk, o):
         if m in layers: continue
         if isinstance(getattr(type(m), o.attr, None), property): self.reader.run(m, o.attr)
         elif o.attr in LINEAR_ATTRS and o.attr not in {**m.__dict__, **m._parameters, **m._modules} and not hasattr(type(m), o.attr) \
-            and type(m).__getattr__ is not nn.Module.__getattr__: self._reads(_below(m), o.attr)     # what is not there is asked of the layer inside
+            and type(m).__getattr__ is not nn.Module.__getattr__:
+                self._reads(_below(m), o.attr)     # what is not there is asked of the layer inside
     if not layers: self.visit(o.value)
 
 @patch
@@ -143,7 +145,8 @@ def visit_Compare(self:_FnWalk, o):
     for i,e in enumerate(sides):
         layers = self._classes(e)
         if not layers: self.visit(e)
-        for other in sides[max(0, i-1):i] + sides[i+1:i+2]: self._keep([m for m in layers if self._tells(m, other, True)], 'asks for its class')
+        for other in sides[max(0, i-1):i] + sides[i+1:i+2]:
+            self._keep([m for m in layers if self._tells(m, other, True)], 'asks for its class')
 
 @patch
 def visit_Match(self:_FnWalk, o):
@@ -182,10 +185,12 @@ def visit_Call(self:_FnWalk, o):
     if name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(f, ast.Attribute): self._write(f.value)
     if name in _PRODUCTS: self.reader.multiplied.update(t for a in (*o.args, *(k.value for k in o.keywords)) for t in self._tensor(a))
     if name == 'get_parameter': self._parameter(o)
-    if name == 'functional_call' and o.args: self._keep([c for m in self.mods(o.args[0]) if isinstance(m, nn.Module) for c in _below(m)], 'replaces its parameters')
+    if name == 'functional_call' and o.args:
+        self._keep([c for m in self.mods(o.args[0]) if isinstance(m, nn.Module) for c in _below(m)], 'replaces its parameters')
     callees = self._callees(f)
     for fn,first in callees:
-        if hasattr(fn, 'registry') or isinstance(fn, functools.singledispatchmethod): [self._keep(self._linears(a), 'asks for its class') for a in o.args]
+        if hasattr(fn, 'registry') or isinstance(fn, functools.singledispatchmethod):
+            [self._keep(self._linears(a), 'asks for its class') for a in o.args]
         self._into(o, fn, first)
     if not isinstance(f, ast.Name): self.visit(f)
     for a in [*o.args, *(k.value for k in o.keywords)]:
@@ -197,7 +202,8 @@ def _parameter(self:_FnWalk, o):
     "`m.get_parameter('fc.weight')` wants a parameter, which the product of two is not"
     for m in [m for m in self.mods(o.func.value) if isinstance(m, nn.Module)]:
         names = self._texts(o.args[0]) if o.args else None
-        layers = _below(m) if names is None else [c for n,c in m.named_modules() if f'{n}.weight' in names or f'{n}.bias' in names or not n and 'weight' in names]
+        layers = _below(m) if names is None else [c for n,c in m.named_modules() if f'{n}.weight' in names or f'{n}.bias' in names
+            or not n and 'weight' in names]
         self._keep([c for c in layers if _looks_linear(c)], 'calls get_parameter for it')
 
 # %% ../../nbs/core/readers.ipynb #13359f00

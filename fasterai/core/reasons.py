@@ -22,7 +22,8 @@ _UNDO = dict(WeightNorm='torch.nn.utils.remove_weight_norm', SpectralNorm='torch
 def _computed_reason(m):
     "Tensors that something else computes at every call, and how to make them permanent"
     if nn.utils.parametrize.is_parametrized(m):
-        return 'parametrized; ' + ', '.join(f'torch.nn.utils.parametrize.remove_parametrizations(layer, {k!r})' for k in m.parametrizations) + ' first'
+        return 'parametrized; ' + ', '.join(f'torch.nn.utils.parametrize.remove_parametrizations(layer, {k!r})'
+            for k in m.parametrizations) + ' first'
     made = []
     for h in m._forward_pre_hooks.values():
         k = getattr(h, '_tensor_name', getattr(h, 'name', None))    # of pruning, of a norm
@@ -36,7 +37,8 @@ def _type_reason(m, types):
     if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params():
         return 'not initialized yet; run one batch through the model first'
     if nn.utils.parametrize.is_parametrized(m): return _computed_reason(m)
-    if '.ao.' in t.__module__ or 'quantized' in t.__module__: return f'{t.__name__} of {t.__module__} is quantized; decompose before quantizing'
+    if '.ao.' in t.__module__ or 'quantized' in t.__module__:
+        return f'{t.__name__} of {t.__module__} is quantized; decompose before quantizing'
     if t in _EXACT or t in types or _is_conv1d(m): return None
     name = t.__name__ if t.__name__ != 'Linear' else f'{t.__module__}.Linear'
     if isinstance(m, nn.Linear): return f'{name} is a subclass of nn.Linear; pass types=({name},) if it computes the same'
@@ -67,8 +69,11 @@ _UNHOOK = 'accelerate.hooks.remove_hook_from_module(model, recurse=True)'
 
 def _elsewhere_reason(w):
     "Why the values of weight `w` are not all here"
-    if type(w.data).__name__ == 'DTensor': return 'its weight is a DTensor, sharded by FSDP2 or tensor parallelism: decompose the model before it is sharded'
-    if hasattr(w, 'ds_id'): return 'its weight is sharded by DeepSpeed ZeRO-3: decompose the model before deepspeed.initialize, or from a consolidated checkpoint'
+    if type(w.data).__name__ == 'DTensor':
+        return 'its weight is a DTensor, sharded by FSDP2 or tensor parallelism: decompose the model before it is sharded'
+    if hasattr(w, 'ds_id'):
+        return ('its weight is sharded by DeepSpeed ZeRO-3: decompose the model before deepspeed.initialize, '
+            'or from a consolidated checkpoint')
 
 def _away(model):
     "Layers whose weights are not all here, or that wrappers of accelerate run: id -> reason"
@@ -79,7 +84,8 @@ def _away(model):
         if '_hf_hook' not in m.__dict__: continue
         for c in m.modules():
             if any(p is not None and p.is_meta for p in c._parameters.values()):
-                res.setdefault(id(c), f'offloaded by accelerate, its weight is not in memory; load the model without offloading, or {_UNHOOK} first')
+                res.setdefault(id(c), f'offloaded by accelerate, its weight is not in memory; load the model without offloading, '
+                    f'or {_UNHOOK} first')
         res.setdefault(id(m), f'dispatched by accelerate, which replaced its forward; {_UNHOOK} first')
     return res
 

@@ -116,7 +116,8 @@ def _name(f): return f.id if isinstance(f, ast.Name) else f.attr if isinstance(f
 class _FnWalk(ast.NodeVisitor):
     "One function under `_Reader`: `env` maps local names to the modules they may stand for, `up` a node to its parent"
     def __init__(self, reader, fn, env, up):
-        self.reader,self.fn,self.env,self.up,self.strs,self.returned,self.wide = reader,fn,env,up,{},[],set()   # wide: names that stand for all modules below one
+        # wide: names that stand for all modules below one
+        self.reader,self.fn,self.env,self.up,self.strs,self.returned,self.wide = reader,fn,env,up,{},[],set()
         self.outer,self.tensors = _captured(fn),defaultdict(list)
         for k,o in self.outer.items():
             if k not in env and (o := _modules_in(o)) is not None: env[k] = [o]
@@ -130,12 +131,15 @@ class _FnWalk(ast.NodeVisitor):
     def _bind(self, o):
         if isinstance(o, ast.Assign):
             for t in o.targets: self._assign(t, o.value)
-            if _name(getattr(o.value, 'func', o.value)) in ('list','modules') and any(_name(c) == 'modules' for c in ast.walk(o.value)): self.wide |= _targets(o.targets[0])
+            if _name(getattr(o.value, 'func', o.value)) in ('list','modules') and any(_name(c) == 'modules' for c in ast.walk(o.value)):
+                self.wide |= _targets(o.targets[0])
         elif isinstance(o, (ast.NamedExpr, ast.AnnAssign)): self._assign(o.target, o.value) if o.value else None
         elif not isinstance(o, ast.Call):
             self._add(o.target, self._iterated(o.iter))
-            if any(_name(getattr(c, 'func', c)) in {'modules', 'named_modules', *self.wide} for c in ast.walk(o.iter)): self.wide |= _targets(o.target)
-        elif _name(o.func) in ('append','add','insert','extend','appendleft') and isinstance(o.func, ast.Attribute) and isinstance(o.func.value, ast.Name):
+            if any(_name(getattr(c, 'func', c)) in {'modules', 'named_modules', *self.wide} for c in ast.walk(o.iter)):
+                self.wide |= _targets(o.target)
+        elif _name(o.func) in ('append','add','insert','extend','appendleft') and isinstance(o.func, ast.Attribute) \
+                and isinstance(o.func.value, ast.Name):
             if (mods := [m for a in o.args for m in self.mods(a)]): self.env[o.func.value.id].append(mods)
 
     def _assign(self, target, value):

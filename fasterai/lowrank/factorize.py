@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np, torch
 from ..core.modules import _double
 from ..core.calibrate import LayerStats, _exact_products
-from .svd import (KRYLOV_BELOW, SVD_BELOW, Solver, gram, pick_solver, residual, spectrum, trunc_error,  # these can be imported from here too
+# the names without underscore can be imported from here too
+from .svd import (KRYLOV_BELOW, SVD_BELOW, Solver, gram, pick_solver, residual, spectrum, trunc_error,
     _TOL, _divided_by, _lower_gram, _probe, _scale, _shown, _slices, _solve, _top)
 
 # %% ../../nbs/lowrank/factorize.ipynb #33d4f2d0
@@ -20,12 +21,14 @@ class Basis:
     W: torch.Tensor|None  # weight (m, n)
     L: torch.Tensor       # (r, most), r = min(m, n), in columns: B = L_k if m <= n, else B = W L_k
     R: torch.Tensor       # (r, most), in columns: A = R_kᵀ W if m <= n, else A = R_kᵀ; plain SVD has L = R = singular vectors
-    S: torch.Tensor       # singular values (r,), float64, on the CPU: error of rank k is sqrt(Σ_{i>k} S_i²); by 'krylov' only the first (most,)
+    # singular values (r,), float64, on the CPU: error of rank k is sqrt(Σ_{i>k} S_i²); by 'krylov' only the first (most,)
+    S: torch.Tensor
     solver: str           # what computed it: 'gram32' or 'gram64', by the precision of the Gram matrix, 'svd' or 'krylov'
     mean: torch.Tensor|None = None          # mean input (n,), float64, for the shift of the bias; None for no shift
     errors: tuple[float,...]|None = None    # relative error at ranks 0 to r (0 to most), where that is not what S says
     weighted: bool = False                  # are errors in S comparable between layers?
-    scale: float = 1.                       # what W is divided by while factors are computed: not 1 where its size would overflow or underflow
+    # what W is divided by while factors are computed: not 1 where its size would overflow or underflow
+    scale: float = 1.
 
     @torch.no_grad()
     def pair(self, 
@@ -34,7 +37,8 @@ class Basis:
         out: tuple[torch.Tensor,torch.Tensor]|None = None, # A and B to write into, in the dtype of the weight
     ) -> tuple[torch.Tensor,torch.Tensor]:      # A (k, n) and B (m, k), in the dtype of the weight, contiguous
         "The best two factors of rank `k`, balanced, with signs fixed"
-        if not 1 <= k <= self.L.shape[1]: raise ValueError(f'rank must be between 1 and {self.L.shape[1]}, the number of directions, got {k}.')
+        if not 1 <= k <= self.L.shape[1]:
+            raise ValueError(f'rank must be between 1 and {self.L.shape[1]}, the number of directions, got {k}.')
         (m,n),dtype = self.W.shape,torch.promote_types(self.W.dtype, torch.float32)
         Q,P = (self.L, self.R)[::1 if m <= n else -1]       # of the smaller side, of the larger
         Q,P = Q[:,:k],P[:,:k]
@@ -84,7 +88,8 @@ _EXCESS = 2e-6      # of the energy cut off
 
 def _by_gram(W, k, dtype):
     "Basis of `k` directions by a Gram matrix in `dtype`, None where it is out of tolerance, False where rounding hides what is cut off"
-    room = torch.empty(min(W.shape)*k + 1, dtype=dtype)     # what stays is allocated before the work space, so that freeing that leaves no holes
+    # what stays is allocated before the work space, so that freeing that leaves no holes
+    room = torch.empty(min(W.shape)*k + 1, dtype=dtype)
     G = _lower_gram(W, dtype)
     trace = G.diagonal().double().sum().cpu()
     e,Q = _top(G, k, room)
@@ -146,7 +151,8 @@ def factorize(
     W = W.detach()
     if W.ndim != 2: raise ValueError(f'W must be a matrix (m, n), got shape {tuple(W.shape)}.')
     r = min(W.shape)
-    if rank is not None and not 1 <= rank <= r: raise ValueError(f'rank must be between 1 and {r} for a weight {tuple(W.shape)}, got {rank}.')
+    if rank is not None and not 1 <= rank <= r:
+        raise ValueError(f'rank must be between 1 and {r} for a weight {tuple(W.shape)}, got {rank}.')
     lo,hi = W.aminmax()     # W.any() would make a mask
     if not (lo.isfinite() and hi.isfinite()): raise ValueError('W has NaN or Inf.')
     if not (lo.any() or hi.any()):

@@ -34,7 +34,8 @@ class _Unset:
 _UNSET = _Unset()
 
 # %% ../../nbs/lowrank/learner.ipynb #f63d70bf
-_PLACES = dict(plan=(DecompositionPlan, RankSuggestion), policy=(Policy,), data=(Calibration, DataLoaders, DataLoader, torch.utils.data.DataLoader))
+_PLACES = dict(plan=(DecompositionPlan, RankSuggestion), policy=(Policy,),
+    data=(Calibration, DataLoaders, DataLoader, torch.utils.data.DataLoader))
 
 def _check_places(**args):
     "Raise where an argument was given what belongs to another one"
@@ -50,9 +51,12 @@ def _given_plan(plan, others):
     "The plan in `plan`, which may be a `RankSuggestion`"
     plan = getattr(plan, 'plan', plan)
     if plan is None: raise ValueError('plan is None: rank_find found no budget that keeps the metric. Raise max_drop, or pass a policy.')
-    if isinstance(plan, str): raise TypeError('plan must be a DecompositionPlan, got a str: DecompositionPlan.load(path) reads one from a file.')
-    if not isinstance(plan, DecompositionPlan): raise TypeError(f'plan must be a DecompositionPlan or what rank_find returned, got {type(plan).__name__}.')
-    if others: raise ValueError('a plan says which layers get which ranks: pass it without rank_ratio, policy, layers, exclude and the like.')
+    if isinstance(plan, str):
+        raise TypeError('plan must be a DecompositionPlan, got a str: DecompositionPlan.load(path) reads one from a file.')
+    if not isinstance(plan, DecompositionPlan):
+        raise TypeError(f'plan must be a DecompositionPlan or what rank_find returned, got {type(plan).__name__}.')
+    if others:
+        raise ValueError('a plan says which layers get which ranks: pass it without rank_ratio, policy, layers, exclude and the like.')
     return plan
 
 # %% ../../nbs/lowrank/learner.ipynb #7c2f0e97
@@ -61,7 +65,8 @@ def decompose(self:Learner,
     rank_ratio: float = 0.5,                # share of singular values to keep, in (0, 1]
     *,
     policy: 'Policy|float|int|Mapping|None' = None, # in place of `rank_ratio`: a policy, a rank, {name: policy}
-    plan: 'DecompositionPlan|RankSuggestion' = _UNSET, # a plan or the result of `rank_find`, in place of the arguments that choose layers and ranks
+    # a plan or the result of `rank_find`, in place of the arguments that choose layers and ranks
+    plan: 'DecompositionPlan|RankSuggestion' = _UNSET,
     data=None,                              # calibration data or a `Calibration`; None for the training set of `dls`
     calibrated: bool = True,                # False: plain SVD, without data
     n_batches: int|None = None,             # batches to look at, None for all
@@ -72,7 +77,8 @@ def decompose(self:Learner,
     round_to: int = 1,                      # ranks in multiples of this
     types: Iterable[type] = (),             # subclasses of nn.Linear to treat as nn.Linear
 ) -> Learner:                               # itself
-    "Replace the model by its decomposed copy and drop the optimizer (in a running fit: make a new one); `undecompose` restores the dense model"
+    """Replace the model by its decomposed copy and drop the optimizer (in a running fit: make a new one); `undecompose` restores the
+    dense model"""
     _check_places(rank_ratio=rank_ratio, policy=policy, plan=plan, data=data)
     _check_now(self, 'decompose')
     given = plan is not _UNSET
@@ -85,8 +91,8 @@ def decompose(self:Learner,
         if not given:
             data = (self.dls if data is None else data) if calibrated else None
             policy = RankRatio(rank_ratio) if policy is None else policy
-            plan = make_plan(self.model, policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude,
-                             skip_unprofitable=skip_unprofitable, round_to=round_to, types=types, quiet=_decomposed(self),
+            plan = make_plan(self.model, policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers,
+                             exclude=exclude, skip_unprofitable=skip_unprofitable, round_to=round_to, types=types, quiet=_decomposed(self),
                              spare=layers is None and isinstance(mk_policy(policy), (RankRatio, FixedRank)))
         elif data is None and any(o.calibrated and o.name not in plan.bases for o in plan.replaced): data = self.dls    # a plan from a file
         if _stays(self, plan): return self
@@ -99,7 +105,8 @@ def _in_place(learn, plan):
     mods = dict(learn.model.named_modules())
     ranks = {o.name: mods[o.name][0].out_features for o in plan.replaced if o.name in mods and is_pair(mods[o.name])}
     if not ranks: return False
-    back = ' learn.undecompose() goes back to the dense model' if _dense_of(learn) is not None else ' A decomposed model is not decomposed again'
+    back = (' learn.undecompose() goes back to the dense model' if _dense_of(learn) is not None
+        else ' A decomposed model is not decomposed again')
     if (other := [n for n,k in ranks.items() if plan[n].rank != k] or [o.name for o in plan.replaced if o.name not in ranks]):
         raise ValueError(f'this Learner is decomposed already, by another plan (see {other[0]!r}). Nothing was changed.{back}.')
     _warn_user(f'this Learner is decomposed by this plan already: nothing was changed.{back}.')
@@ -137,10 +144,11 @@ def uncompress(self:Learner) -> Learner: # itself
     return self.undecompose()
 
 # %% ../../nbs/lowrank/learner.ipynb #2187e93d
-_LOWER = frozenset('''valid_loss loss error_rate rmse _rmse exp_rmspe _exp_rmspe mse mae msle perplexity hamming_loss brier_score_loss'''.split())
-_HIGHER = frozenset('''accuracy accuracy_multi top_k_accuracy foreground_acc average_precision_score balanced_accuracy_score cohen_kappa_score
-    f1_score fbeta_score jaccard_score precision_score recall_score roc_auc_score matthews_corrcoef explained_variance_score r2_score pearsonr
-    spearmanr dice dice_multi jaccard_coeff jaccard_coeff_multi corpus_bleu'''.split())
+_LOWER = frozenset('''valid_loss loss error_rate rmse _rmse exp_rmspe _exp_rmspe mse mae msle perplexity hamming_loss
+    brier_score_loss'''.split())
+_HIGHER = frozenset('''accuracy accuracy_multi top_k_accuracy foreground_acc average_precision_score balanced_accuracy_score
+    cohen_kappa_score f1_score fbeta_score jaccard_score precision_score recall_score roc_auc_score matthews_corrcoef explained_variance_score
+    r2_score pearsonr spearmanr dice dice_multi jaccard_coeff jaccard_coeff_multi corpus_bleu'''.split())
 
 def _direction(name, higher_is_better):
     if higher_is_better is not None: return higher_is_better
@@ -164,7 +172,8 @@ def _metric_index(learn, metric):
 @contextmanager
 def _with_model(learn, model):
     "`model` in the place of the Learner's, whose model, record and random state are as before at the end"
-    before,recs = learn.model,{k: list(v) for k in ('values','iters','losses','lrs') if isinstance(v := getattr(learn.recorder, k, None), list)} \
+    before,recs = learn.model,{k: list(v) for k in ('values','iters','losses','lrs')
+        if isinstance(v := getattr(learn.recorder, k, None), list)} \
         if hasattr(learn, 'recorder') else {}
     with left_as_found(before):
         try:
@@ -178,11 +187,14 @@ def _with_model(learn, model):
 def _check_search(learn):
     "Raise where the Learner cannot validate now, or has nothing to decompose"
     if _running(learn, 'fit') or learn.lock.locked():
-        raise RuntimeError('learn.rank_find validates the model many times, which cannot be done while fit, validate or get_preds runs: call it afterwards.')
+        raise RuntimeError('learn.rank_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
+            'call it afterwards.')
     if not _decomposed(learn): return
     if not _left(learn):
-        raise ValueError('this Learner is decomposed already, and no layer is left: call learn.undecompose() first, then learn.rank_find().')
-    _warn_user('this Learner is decomposed already: rank_find compares with the model as it is, and tries only layers that are still dense. '
+        raise ValueError('this Learner is decomposed already, and no layer is left: call learn.undecompose() first, '
+            'then learn.rank_find().')
+    _warn_user('this Learner is decomposed already: rank_find compares with the model as it is, and tries only layers that are still '
+        'dense. '
                'learn.undecompose() goes back to the dense model first.')
 
 # %% ../../nbs/lowrank/learner.ipynb #945e5eeb
@@ -190,7 +202,8 @@ def _check_search(learn):
 def rank_find(self:Learner, 
     max_drop: float = 0.01,                 # loss that is still good, in units of the metric: 0.01 is one point of accuracy
     *,
-    metric: 'str|Callable|None' = None,     # name or function of one of the Learner's metrics; None for the first, or the loss if there is none
+    # name or function of one of the Learner's metrics; None for the first, or the loss if there is none
+    metric: 'str|Callable|None' = None,
     higher_is_better: bool|None = None,     # None: known for the metrics of fastai
     data=None,                              # calibration data or a `Calibration`; None for the training set of `dls`
     show_plot: bool = True,
@@ -211,6 +224,7 @@ def rank_find(self:Learner,
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]
     res = rank_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, metric=name, ratios=ratios, refine=refine,
-        cost=cost, round_to=round_to, higher_is_better=_direction(name, higher_is_better), n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types)
+        cost=cost, round_to=round_to, higher_is_better=_direction(name, higher_is_better), n_batches=n_batches, sensitivity=sensitivity,
+        layers=layers, exclude=exclude, types=types)
     if show_plot: res.plot()
     return res

@@ -42,8 +42,8 @@ class LayerPlan(Layer, Row):
 
     @property
     def error(self) -> float|None:
-        """Relative error at this rank (0 when dense), None where no spectrum is known: of the weight, or if calibrated of the output, relative
-        to the output's deviation from its mean (for a layer without bias: relative to the output)"""
+        """Relative error at this rank (0 when dense), None where no spectrum is known: of the weight, or if calibrated of the output,
+        relative to the output's deviation from its mean (for a layer without bias: relative to the output)"""
         if self.rank is None: return 0.
         if self.errors is not None: return self.errors[self.rank]
         return None if self.spectrum is None else trunc_error(self.spectrum, self.rank)
@@ -92,7 +92,8 @@ class DecompositionPlan(Plan):
     sensitivity: str = ''             # what the errors of calibrated layers were weighed by: 'full', 'diag', '' for not at all
     bases: Mapping[str,Basis] = field(default_factory=dict, compare=False, repr=False) # factors to be cut, of calibrated layers; not saved
     row,becomes = LayerPlan,'layers become pairs'
-    columns = dict(layer='str', shape='str', rank='Int64', before='int64', after='int64', error='float64', reason='str')    # a missing rank is a dense layer
+    # a missing rank is a dense layer
+    columns = dict(layer='str', shape='str', rank='Int64', before='int64', after='int64', error='float64', reason='str')
 
     @property
     def params_after(self) -> int:
@@ -111,12 +112,15 @@ def sites(self:DecompositionPlan,
     sites = {s.name: s for s in find_linears(model, types=_subclasses(model))}
     for o in self.replaced:
         s = sites.get(o.name)
-        if s is None: raise ValueError(f'plan expects {o.name!r} to be {o.shape}, the model has no such layer. Was the plan made for another model?')
+        if s is None:
+            raise ValueError(f'plan expects {o.name!r} to be {o.shape}, the model has no such layer. Was the plan made for another model?')
         has = f'{s.kind}({s.in_features}→{s.out_features})'
-        if has != o.shape: raise ValueError(f'plan expects {o.name!r} to be {o.shape}, the model has {has}. Was the plan made for another model?')
+        if has != o.shape:
+            raise ValueError(f'plan expects {o.name!r} to be {o.shape}, the model has {has}. Was the plan made for another model?')
         bias = getattr(s.module, 'bias', None) is not None
         if bias != o.bias:
-            raise ValueError(f'plan expects {o.name!r} {"with" if o.bias else "without"} bias, the model has it {"with" if bias else "without"}. '
+            raise ValueError(f'plan expects {o.name!r} {"with" if o.bias else "without"} bias, the model has it '
+                f'{"with" if bias else "without"}. '
                              'Was the plan made for another model?')
         if s.reason: raise ValueError(f'{o.name!r} cannot be decomposed in this model: {s.reason}.')
     return {o.name: sites[o.name] for o in self.replaced}
@@ -151,11 +155,15 @@ def apply(self:DecompositionPlan,
             for s in sites: _check_finite(s)
         bases,before = self._bases(model, sites, data, n_batches),count_params(model)
         def empty(s): return _empty(s, self[s.name], s.weight.new_empty)
-        room = {} if inplace else {s: empty(s) for s in sites}  # before all work space: memory not yet written to costs nothing, and no holes are left
-        with agreed(): res = model if inplace else copy_with(model, {s.module: o for s,o in room.items()})  # what cannot be copied says so before the work
+        # before all work space: memory not yet written to costs nothing, and no holes are left
+        room = {} if inplace else {s: empty(s) for s in sites}
+        with agreed():
+            # what cannot be copied says so before the work
+            res = model if inplace else copy_with(model, {s.module: o for s,o in room.items()})
         def take(s): return room.get(s) or empty(s)
         done = set()
-        for s,pair in _divided(sites, 'factors', lambda s: _mk(s, take(s), bases.get(s.name), solver), _tensors, lambda s,o: _filled(take(s), o)):
+        for s,pair in _divided(sites, 'factors', lambda s: _mk(s, take(s), bases.get(s.name), solver), _tensors,
+                                lambda s,o: _filled(take(s), o)):
             if pair is None: continue
             if inplace: _become(s.module, pair)
             done.add(s.name)
@@ -169,15 +177,18 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
     want = [s for s in sites if self[s.name].calibrated and s.module.weight.device.type != 'meta']
     if data is None:
         if (lost := [s.name for s in want if s.name not in self.bases]):
-            raise ValueError(f'{lost[0]!r} was planned with calibration data, which a saved plan does not hold. Pass plan.apply(model, data=…) or its '
+            raise ValueError(f'{lost[0]!r} was planned with calibration data, which a saved plan does not hold. '
+                'Pass plan.apply(model, data=…) or its '
                              'saved statistics; plan.skeleton(model) makes the structure for an existing checkpoint.')
         return self.bases
     stats = data
     if not isinstance(data, Calibration):
-        if 'loss' in self.sensitivity: raise ValueError('the plan was made with loss=, which a file does not hold. Pass data=calibrate(model, …, loss=…).')
+        if 'loss' in self.sensitivity:
+            raise ValueError('the plan was made with loss=, which a file does not hold. Pass data=calibrate(model, …, loss=…).')
         stats = _collect(model, data, want, n_batches, self.sensitivity or None)
     elif stats.sensitivity != self.sensitivity:
-        raise ValueError(f'the plan was made with sensitivity {self.sensitivity or "none"}, the statistics hold {stats.sensitivity or "none"}.')
+        raise ValueError(f'the plan was made with sensitivity {self.sensitivity or "none"}, the statistics hold '
+            f'{stats.sensitivity or "none"}.')
     if (lost := [s.name for s in want if s.name not in stats]):
         raise ValueError(f'data says nothing about {lost[0]!r}' + (f': {stats.missing[lost[0]]}.' if lost[0] in stats.missing else '.'))
     return {s.name: b for s,b in _divided(want, 'spectra', lambda s: _basis(s, stats[s.name]), _packed, _unpacked) if b is not None}
@@ -229,7 +240,8 @@ def replan(self:DecompositionPlan,
         if k is not None: return replace(o, rank=1 if 'zero weight' in o.remark else _valid(k, o), reason=o.remark)
         return replace(o, rank=None, reason='dense by policy') if o.can and o.asked else o
     calibrated = [o for o in self.note.split('; ') if o.startswith('calibrated')]
-    return replace(self, layers=tuple(map(f, self.layers)), policy=repr(policy), note='; '.join(filter(None, [policy.note(rows), *calibrated])))
+    return replace(self, layers=tuple(map(f, self.layers)), policy=repr(policy),
+        note='; '.join(filter(None, [policy.note(rows), *calibrated])))
 
 # %% ../../nbs/lowrank/plan.ipynb #38d36766
 @patch
@@ -246,7 +258,8 @@ def plot(self:DecompositionPlan,
         err = np.sqrt(np.append(e[::-1].cumsum()[::-1], 0)/max(e.sum(), np.finfo(float).tiny)) if o.errors is None else np.array(o.errors)
         line, = ax.plot(np.arange(len(err))/(len(err)-1), err, label=o.name or '(the model)')
         if o.rank: ax.plot(o.rank/o.max_rank, err[o.rank], 'o', color=line.get_color())
-    ax.set(xlabel='rank / full rank', ylabel='relative error of the ' + ('output' if any(o.calibrated for o in rows) else 'weight'), xlim=(0, 1), ylim=(0, None))
+    ax.set(xlabel='rank / full rank', ylabel='relative error of the ' + ('output' if any(o.calibrated for o in rows) else 'weight'),
+        xlim=(0, 1), ylim=(0, None))
     if rows: ax.legend(fontsize='small', title='layer')
     return ax
 
@@ -262,12 +275,14 @@ def to_dense(
     model: nn.Module,   # left unchanged
     plan: DecompositionPlan|None = None, # merge what it replaced, for pairs that are not marked: built by hand, or by an earlier version
 ) -> nn.Module:
-    "A copy of `model` in which every pair that was made here is merged into one `nn.Linear`; a bottleneck that the model was designed with stays"
+    """A copy of `model` in which every pair that was made here is merged into one `nn.Linear`; a bottleneck that the model was
+    designed with stays"""
     new,pairs = {},{n: m for n,m in model.named_modules() if is_pair(m)}
     if plan is not None: ours = {n: pairs[n] for o in plan.replaced for n in o.names if n in pairs}
     else: ours = {n: m for n,m in pairs.items() if _is_ours(m)}
     if plan is None and pairs and not ours:
-        _warn_user(f'nothing to merge: {", ".join([*pairs][:3]) or "(the model)"} may be bottlenecks of the model itself. Pass to_dense(model, plan) for pairs of a plan.')
+        _warn_user(f'nothing to merge: {", ".join([*pairs][:3]) or "(the model)"} may be bottlenecks of the model itself. '
+            f'Pass to_dense(model, plan) for pairs of a plan.')
     with torch.inference_mode(False), torch.no_grad():
         for m in ours.values():
             a,b = m[0].weight,m[1].weight

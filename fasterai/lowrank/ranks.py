@@ -87,7 +87,8 @@ class Energy(LayerPolicy):
     keep: float = 0.99     # in (0, 1]
     def __post_init__(self): _check_share(self.keep, 'keep', 'To keep 99 % of the energy pass 0.99.')
     def rank(self, layer):
-        if layer.spectrum is None: raise ValueError(f'Energy needs the singular values of {layer.name!r}; its weight holds no data (meta device).')
+        if layer.spectrum is None:
+            raise ValueError(f'Energy needs the singular values of {layer.name!r}; its weight holds no data (meta device).')
         s = torch.as_tensor(layer.spectrum, dtype=torch.float64)
         e = (s/s.max().clamp(min=torch.finfo(s.dtype).tiny)).square()   # scaled, so that no square overflows
         kept = e.cumsum(0) >= self.keep*e.sum()*(1 - 1e-9)              # the slack is what singular values in float32 are unsure of
@@ -111,7 +112,8 @@ class PerLayer(Policy):
     policies: Mapping     # name, container or wildcard -> anything that `mk_policy` takes, or None to leave dense
 
     def __post_init__(self):
-        if not isinstance(self.policies, Mapping): raise TypeError(f'PerLayer takes a dict of layer name to policy, got {type(self.policies).__name__}.')
+        if not isinstance(self.policies, Mapping):
+            raise TypeError(f'PerLayer takes a dict of layer name to policy, got {type(self.policies).__name__}.')
         object.__setattr__(self, 'policies', {k: None if v is None else mk_policy(v) for k,v in self.policies.items()})
 
     @property
@@ -141,7 +143,8 @@ class PerLayer(Policy):
 
 # %% ../../nbs/lowrank/ranks.ipynb #20358ed7
 def _check_budget(ratio, params, cost, round_to):
-    if (ratio is None) == (params is None): raise ValueError(f'pass either a ratio, such as ParamBudget(0.3), or params=, got {_short(ratio)} and params={_short(params)}.')
+    if (ratio is None) == (params is None):
+        raise ValueError(f'pass either a ratio, such as ParamBudget(0.3), or params=, got {_short(ratio)} and params={_short(params)}.')
     if ratio is not None: _check_share(ratio, 'ratio', 'To keep 30 % pass 0.3; for an absolute number pass params=.')
     elif isinstance(params, bool) or not isinstance(params, Integral): raise TypeError(f'params must be an int, got {_short(params)}.')
     elif params < 1: raise ValueError(f'params must be at least 1, got {params}.')
@@ -156,8 +159,10 @@ class ParamBudget(Policy):
     "Ranks of least total error under a total cost of the weights; no layer grows"
     ratio: float|None = None                                   # share of the cost of these layers' dense weights, in (0, 1]
     params: int|None = field(default=None, kw_only=True)       # in place of `ratio`: parameters of all these layers together
-    cost: Literal['params','macs','bytes','latency']|LatencyTable = field(default='params', kw_only=True)  # what is limited; 'latency' is `LatencyTable()`: batch size 1
-    round_to: int = field(default=8, kw_only=True)             # ranks in multiples of this; any rank for a layer that gets smaller at fewer than four of them
+    # what is limited; 'latency' is `LatencyTable()`: batch size 1
+    cost: Literal['params','macs','bytes','latency']|LatencyTable = field(default='params', kw_only=True)
+    # ranks in multiples of this; any rank for a layer that gets smaller at fewer than four of them
+    round_to: int = field(default=8, kw_only=True)
     wants_sensitivity = True
     def __post_init__(self):
         if self.cost == 'latency': object.__setattr__(self, 'cost', LatencyTable())     # one table for all that this policy is asked
@@ -214,13 +219,15 @@ class BudgetSolution(Choice):
 def solve(self:ParamBudget, layers: Sequence[Layer]) -> BudgetSolution:
     "The ranks, with a certificate"
     for o in layers:
-        if o.spectrum is None: raise ValueError(f'ParamBudget needs the singular values of {o.name!r}; its weight holds no data (meta device).')
+        if o.spectrum is None:
+            raise ValueError(f'ParamBudget needs the singular values of {o.name!r}; its weight holds no data (meta device).')
     choices,unit = _choices(self, layers),'ms' if self.by_latency else self.cost
     budget = float(self.params) if self.params is not None else self.ratio*sum(o.costs[-1] for _,o in choices)
     try: sol = choose([o for _,o in choices], budget, unit=unit)
     except TooTight as e:
-        raise ValueError(f'{self!r} allows {fmt_cost(budget, unit)} {unit}, but these {len(layers)} layers need at least {fmt_cost(e.least, unit)} (ranks in '
-            f'steps of {self.round_to}{self._slow(layers)}). Raise the budget, pass a smaller round_to, or leave layers out with exclude=.') from None
+        raise ValueError(f'{self!r} allows {fmt_cost(budget, unit)} {unit}, but these {len(layers)} layers need at least '
+            f'{fmt_cost(e.least, unit)} (ranks in steps of {self.round_to}{self._slow(layers)}). Raise the budget, '
+            'pass a smaller round_to, or leave layers out with exclude=.') from None
     ranks = {o.name: int(ks[sol.picks[o.name]]) or None for o,(ks,_) in zip(layers, choices)}
     return BudgetSolution(**vars(sol), ranks=ranks)
 

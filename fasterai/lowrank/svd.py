@@ -37,7 +37,8 @@ def _check_solver(solver):
 
 def pick_solver(
     W: torch.Tensor,         # weight (m, n)
-    solver: Solver = 'auto', # 'gram': eigenvectors of the small Gram matrix; 'svd': torch.linalg.svd, the reference; 'krylov': about 1 % off, for small ranks
+    # 'gram': eigenvectors of the small Gram matrix; 'svd': torch.linalg.svd, the reference; 'krylov': about 1 % off, for small ranks
+    solver: Solver = 'auto',
     rank: int|None = None,   # directions wanted, None for all
 ) -> str:                    # 'gram', 'svd' or 'krylov'
     "The solver that is used first for this weight"
@@ -81,7 +82,8 @@ def gram(
 
 # %% ../../nbs/lowrank/svd.ipynb #7f8fa0e5
 def _top(G, k, room=None):
-    "Eigenvalues, largest first, and eigenvectors of the `k` largest, of the matrix whose lower triangle is in `G`; uses up `G` and `room`, r·k + 1 numbers"
+    """Eigenvalues, largest first, and eigenvectors of the `k` largest, of the matrix whose lower triangle is in `G`; uses up `G` and
+    `room`, r·k + 1 numbers"""
     r = len(G)
     if not _on_cpu(G) or r < 3:
         e,Q = torch.linalg.eigh(G)
@@ -95,14 +97,16 @@ def _top(G, k, room=None):
     Q,below = (o.view(k, r).T for o in (room[:-1], room[1:]))   # `below` is Q[1:], and the first row of the next column as its last
     Q.numpy()[:] = Z[:,:-k-1:-1]        # ascending before
     del Z
-    # In this way Q[1:] and the reflectors in H[1:] lie in one piece, and are not copied. Zeros in the last row of H leave that of Q as it is, which has to be finite
+    # In this way Q[1:] and the reflectors in H[1:] lie in one piece, and are not copied. Zeros in the last row of H leave that of Q
+    # as it is, which has to be finite
     H[0],room[-1] = 0,0
     torch.ormqr(torch.from_numpy(H).as_strided((r, r-1), (1, r), 1), torch.from_numpy(tau), below, out=below)
     return torch.from_numpy(d[::-1].copy()), Q
 
 # %% ../../nbs/lowrank/svd.ipynb #12e4fd78
 def _solve(W, first, fns: dict[str,Callable], what):
-    "Result of the first of the solvers that neither fails nor gives a result out of tolerance (None), nor is too coarse for this weight (False)"
+    """Result of the first of the solvers that neither fails nor gives a result out of tolerance (None), nor is too coarse for this
+    weight (False)"""
     for name in sorted(fns, key=lambda o: o != first):
         try:
             res = fns[name](W)
