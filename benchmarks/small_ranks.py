@@ -6,7 +6,8 @@ import os, platform, sys, time
 from pathlib import Path
 import torch
 from fastcore.script import call_parse, store_true
-from fasterai.lowrank.factorize import KRYLOV_BELOW, factorize
+from fasterai.lowrank.factorize import factorize
+from fasterai.lowrank.svd import KRYLOV_BELOW
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from decompose import _cpu
 

@@ -10,13 +10,15 @@ from fasterai.core.plan import Plan
 from fasterai.core.readers import weight_readers
 from fasterai.core.report import ModelComparison, compare_models, plot_tradeoff
 from fasterai.core.store import load_compressed, save_compressed
+from fasterai.core.weights import load_weights
 from fasterai.lowrank.checkpoint import decompose_checkpoint, load_decomposed
-from fasterai.lowrank.cli import load_weights, run_example
+from fasterai.lowrank.cli import run_example
 from fasterai.lowrank.decide import make_plan, plot_spectra
-from fasterai.lowrank.factorize import break_even, factorize, spectrum
+from fasterai.lowrank.factorize import break_even, factorize
 from fasterai.lowrank.plan import DecompositionPlan, LayerPlan, to_dense
 from fasterai.lowrank.ranks import Energy, FixedRank, LayerPolicy, ParamBudget, PerLayer, Policy, RankRatio, mk_policy
 from fasterai.lowrank.refine import refine
 from fasterai.lowrank.search import RankSuggestion, rank_find
+from fasterai.lowrank.svd import spectrum
 from fasterai.misc.fc_decomposer import FC_Decomposer
 import fasterai.lowrank.learner as _learner     # methods of the Learner

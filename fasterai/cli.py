@@ -16,7 +16,8 @@ from fastcore.script import anno_parser
 # %% ../nbs/cli.ipynb #e3d454a0
 def _check_numbers(rank_ratio, budget, round_to, epochs, finetune_epochs, seed):
     "Raise for a number out of its range"
-    if rank_ratio is not None and budget is not None: raise ValueError(f'pass --rank-ratio {rank_ratio:g} or --budget {budget:g}, not both.')
+    if rank_ratio is not None and budget is not None:
+        raise ValueError(f'pass --rank-ratio {rank_ratio:g} or --budget {budget:g}, not both.')
     if rank_ratio is not None and not 0 < rank_ratio <= 1:
         raise ValueError(f'--rank-ratio must be in (0, 1], got {rank_ratio:g}. To keep half of the singular values pass 0.5.')
     if budget is not None and not 0 < budget <= 1:
@@ -39,7 +40,8 @@ def _check_arch(arch, arch_args):
 # %% ../nbs/cli.ipynb #7f8bbc75
 def _check_form(model, arch, weights, checkpoint, allow_pickle, example):
     "Raise for options that do not go together, and for a pickle without consent"
-    if checkpoint and (model or weights): raise ValueError('--checkpoint goes with --arch or --layers, not with a learner file or --weights.')
+    if checkpoint and (model or weights):
+        raise ValueError('--checkpoint goes with --arch or --layers, not with a learner file or --weights.')
     if model and (arch or weights): raise ValueError('pass a learner file, or --arch and --weights, not both.')
     if not checkpoint and bool(arch) != bool(weights):
         raise ValueError(f'--arch and --weights go together; {"--weights" if arch else "--arch"} is missing.')
@@ -51,25 +53,29 @@ def _check_form(model, arch, weights, checkpoint, allow_pickle, example):
 def _check_in(path, what):
     "Raise if `path` is no file"
     if not path.exists(): raise FileNotFoundError(f'no such file: {path} ({what}).')
-    if path.is_dir(): raise IsADirectoryError(f'{path} is a folder ({what} is a file). A folder with safetensors files goes with --checkpoint.')
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder ({what} is a file). A folder with safetensors files goes with --checkpoint.')
 
 def _check_out(out, force):
     "Raise if the folder `out` cannot be made, or holds something"
     if out.is_symlink() and not out.exists(): raise FileNotFoundError(f'--out {out} is a link to {os.readlink(out)}, which does not exist.')
     if out.exists() and not out.is_dir(): raise FileExistsError(f'--out {out} exists and is not a folder.')
-    if out.exists() and any(out.iterdir()) and not force: raise FileExistsError(f'--out {out} exists. Choose another folder or pass --force.')
+    if out.exists() and any(out.iterdir()) and not force:
+        raise FileExistsError(f'--out {out} exists. Choose another folder or pass --force.')
     into = out if out.exists() else out.absolute().parent
     if not into.exists(): raise FileNotFoundError(f'--out {out}: the folder {out.parent} does not exist.')
     if not into.is_dir(): raise NotADirectoryError(f'--out {out}: {out.parent} is not a folder.')
     if not os.access(into, os.W_OK | os.X_OK): raise PermissionError(f'--out {out}: no permission to write to {into}.')
 
 # %% ../nbs/cli.ipynb #695c91e8
-def _check_options(model, arch, arch_args, weights, checkpoint, rank_ratio, budget, layers, exclude, skip_unprofitable, round_to, out, force,
+def _check_options(model, arch, arch_args, weights, checkpoint, rank_ratio, budget, layers, exclude, skip_unprofitable, round_to,
+    out, force,
                    allow_pickle, epochs, finetune_epochs, seed):
     "Raise one sentence for what can be seen without PyTorch"
     _check_numbers(rank_ratio, budget, round_to, epochs, finetune_epochs, seed)
     for opt,x in (('--layers', layers), ('--exclude', exclude)):
-        if x is not None and not x.replace(',', ' ').strip(): raise ValueError(f'{opt} takes names of layers separated by commas, got {x!r}.')
+        if x is not None and not x.replace(',', ' ').strip():
+            raise ValueError(f'{opt} takes names of layers separated by commas, got {x!r}.')
     _check_form(model, arch, weights, checkpoint, allow_pickle, {'--epochs': epochs, '--finetune-epochs': finetune_epochs, '--seed': seed})
     _check_arch(arch, arch_args)
     if model:
@@ -88,7 +94,8 @@ def fasterai_decompose(
     arch: str = None,               # model function as module:function, such as torchvision.models:vgg16_bn
     arch_args: str = None,          # its arguments, a JSON object such as '{"num_classes": 2}'
     weights: str = None,            # its weights: safetensors, state dict, or checkpoint of a training script
-    checkpoint: str = None,         # safetensors file, or folder with shards, decomposed without loading it; --arch, config.json or --layers name the layers
+    # safetensors file, or folder with shards, decomposed without loading it; --arch, config.json or --layers name the layers
+    checkpoint: str = None,
     rank_ratio: float = None,       # share of singular values to keep, in (0, 1]; 0.5 where --budget is not given either
     budget: float = None,           # in its place: share of the layers' parameters to keep, spent where they matter
     layers: str = None,             # only these layers: comma-separated names, containers or wildcards
@@ -141,7 +148,8 @@ def _say(s):
 
 # %% ../nbs/cli.ipynb #18201bb8
 _NOISE = (('.*torch.jit', FutureWarning), ('.*torch.jit', DeprecationWarning), ('.*CUDA', UserWarning), ('.*NVIDIA driver', UserWarning),
-          ('.*mode.chained_assignment', Warning), ('.*pin_memory', UserWarning), ('.*DataLoader will create', UserWarning), ('.*weights_only', FutureWarning))
+          ('.*mode.chained_assignment', Warning), ('.*pin_memory', UserWarning), ('.*DataLoader will create', UserWarning),
+          ('.*weights_only', FutureWarning))
 
 def _show(message, category, filename, lineno, file=None, line=None):
     sys.stderr.write(f'fasterai_decompose: warning: {_as_options(str(message))}\n')
@@ -189,7 +197,8 @@ def main(
         with _quiet(): fasterai_decompose(**opts)
         return 0
     except KeyboardInterrupt:
-        sys.stderr.write('\nfasterai_decompose: interrupted.' + (' The same command goes on where it stopped.\n' if opts.get('checkpoint') else '\n'))
+        sys.stderr.write('\nfasterai_decompose: interrupted.'
+            + (' The same command goes on where it stopped.\n' if opts.get('checkpoint') else '\n'))
         return 130
     except (ValueError, OSError) as e:
         sys.stderr.write(f'fasterai_decompose: {_sentence(e)}\n')

@@ -10,7 +10,8 @@ from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, get_text_classifier
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
-from fasterai.core.batches import Batches, model_args, run_batches
+from fasterai.core.arguments import model_args
+from fasterai.core.batches import Batches, run_batches
 from fasterai.misc.all import *
 
 # ------------------------------------------------------------------ helpers

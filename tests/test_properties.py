@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from fasterai.misc.all import *
 from fasterai.core.modules import select
-from fasterai.lowrank.factorize import balance, trunc_error
+from fasterai.lowrank.factorize import balance
+from fasterai.lowrank.svd import trunc_error
 from fasterai.lowrank.ranks import Layer, round_rank
 
 settings.register_profile('fixed', derandomize=True, deadline=None, max_examples=60, database=None)

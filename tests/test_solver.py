@@ -3,7 +3,7 @@ import contextlib, warnings
 import numpy as np, pytest, torch
 from torch import nn
 from fasterai.misc.all import *
-from fasterai.lowrank.factorize import gram
+from fasterai.lowrank.svd import gram
 from fasterai.lowrank import factorize as room
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*(layers grew|singular v):UserWarning')

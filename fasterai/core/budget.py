@@ -22,7 +22,8 @@ class Options:
     def __post_init__(self):
         for k in ('costs','errors'): object.__setattr__(self, k, np.asarray(getattr(self, k), dtype=float))
         if self.costs.shape != self.errors.shape or self.costs.ndim != 1 or not len(self.costs):
-            raise ValueError(f'{self.name!r} needs one cost and one error for each option, got {len(self.costs)} costs and {len(self.errors)} errors.')
+            raise ValueError(f'{self.name!r} needs one cost and one error for each option, got {len(self.costs)} costs and '
+                f'{len(self.errors)} errors.')
         if not (np.isfinite(self.costs).all() and np.isfinite(self.errors).all() and (self.costs >= 0).all()):
             raise ValueError(f'costs and errors of {self.name!r} must be finite, and costs not negative.')
 
@@ -125,7 +126,8 @@ class TooTight(ValueError):
     "Not even the cheapest options fit into the budget"
     def __init__(self, least: float, budget: float, n: int, unit: str):
         self.least,self.budget,self.n,self.unit = least,budget,n,unit
-        super().__init__(f'the budget allows {fmt_cost(budget, unit)} {unit}, but the cheapest options of these {n} units need {fmt_cost(least, unit)}.')
+        super().__init__(f'the budget allows {fmt_cost(budget, unit)} {unit}, but the cheapest options of these {n} units need '
+            f'{fmt_cost(least, unit)}.')
 
 def choose(
     options: Sequence[Options],

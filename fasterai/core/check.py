@@ -8,13 +8,13 @@ __all__ = ['check_result', 'swap_faults', 'first_batch']
 # %% ../../nbs/core/check.ipynb #e02dd7d7
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
 import torch
 from torch import nn
 from .batches import Batches, _rng_kept, _seed, left_as_found
-from .modules import LinearSite, _is_conv1d, count_params, is_pair, mk_pair
+from .modules import LinearSite, count_params, is_pair, mk_pair
 
 # %% ../../nbs/core/check.ipynb #b81ba4ff
 def check_result(
@@ -27,8 +27,10 @@ def check_result(
     for n,k in ranks.items():
         m = parts.get(n)
         has = 'is gone' if m is None else f'is a {type(m).__name__}' if not is_pair(m) else f'has rank {m[0].out_features}'
-        if has != f'has rank {k}': raise RuntimeError(f'the result is not what was planned: {n or "the model"!r} should be a pair of rank {k}, it {has}.')
-    if (n := count_params(res)) != params: raise RuntimeError(f'the result is not what was planned: it has {n:,} parameters, not {params:,}.')
+        if has != f'has rank {k}':
+            raise RuntimeError(f'the result is not what was planned: {n or "the model"!r} should be a pair of rank {k}, it {has}.')
+    if (n := count_params(res)) != params:
+        raise RuntimeError(f'the result is not what was planned: it has {n:,} parameters, not {params:,}.')
 
 # %% ../../nbs/core/check.ipynb #3c036e4b
 def _lossless(s: LinearSite, eyes: dict) -> nn.Sequential:
@@ -37,7 +39,8 @@ def _lossless(s: LinearSite, eyes: dict) -> nn.Sequential:
     key = k,W.dtype,W.device
     if key not in eyes: eyes[key] = torch.eye(k, dtype=W.dtype, device=W.device)
     A,B = (eyes[key], W) if s.in_features <= s.out_features else (W, eyes[key])
-    return mk_pair(A, B, s.module.bias.detach() if s.module.bias is not None else None, readable=s.reader is not None, head=s.head).train(s.module.training)
+    return mk_pair(A, B, s.module.bias.detach() if s.module.bias is not None else None, readable=s.reader is not None,
+        head=s.head).train(s.module.training)
 
 @contextmanager
 def _swapped(sites):
@@ -84,7 +87,8 @@ def swap_faults(
     sites: Iterable[LinearSite],   # layers that are to become pairs
     run: Callable,                 # run(model) -> its output on one batch
 ) -> dict[str,str]:                # name of a layer -> what happens when it is replaced
-    "The layers that cannot become pairs, because the model then fails or computes something else: found by running it with pairs that lose nothing"
+    """The layers that cannot become pairs, because the model then fails or computes something else: found by running it with pairs
+    that lose nothing"""
     sites = [s for s in sites if s.module.weight.isfinite().all()]
     def out():
         with left_as_found(model), torch.no_grad(), warnings.catch_warnings():

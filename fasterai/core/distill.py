@@ -21,8 +21,8 @@ from .learner import _dense_of
 
 # %% ../../nbs/core/distill.ipynb #66d8bdc1
 class SoftTargets:
-    """Kullback-Leibler divergence between softmax outputs at a temperature, times its square (Hinton et al., 2015, section 2), and a share of the squared
-    error of the logits, which a softmax close to 0 or 1 leaves free"""
+    """Kullback-Leibler divergence between softmax outputs at a temperature, times its square (Hinton et al., 2015, section 2), and a share
+    of the squared error of the logits, which a softmax close to 0 or 1 leaves free"""
     def __init__(self, 
         T: float = 2.,          # temperature
         *,
@@ -52,7 +52,8 @@ class SelfDistillation(Callback):
         keep_best: bool = True,             # end with the state of least validation loss, the first included?
     ):
         if not 0 <= weight <= 1: raise ValueError(f'weight must be in [0, 1], got {weight}.')
-        self.teacher,self.weight,self.distil,self.features = teacher,weight,loss_func,[features] if isinstance(features, str) else list(features)
+        self.teacher,self.weight,self.distil,self.features = teacher,weight,loss_func,\
+            [features] if isinstance(features, str) else list(features)
         self.feature_weight,self.keep_best = feature_weight,keep_best
 
     def before_fit(self):
@@ -69,7 +70,8 @@ class SelfDistillation(Callback):
 
     def _hook(self):
         for h in self._hooks: h.remove()
-        self._hooks = [hook_outputs([_named(m, n) for n in self.features], detach=d) for m,d in ((self.model, False), (self._teacher, True))]
+        self._hooks = [hook_outputs([_named(m, n) for n in self.features], detach=d)
+            for m,d in ((self.model, False), (self._teacher, True))]
         self._student = self.model
 
     def before_batch(self):
@@ -99,7 +101,8 @@ def _state(self:SelfDistillation, loss): return loss, {k: v.detach().clone() for
 @patch
 def _valid_loss(self:SelfDistillation):
     "Validation loss before the first step"
-    if len(self.dls.loaders) < 2 or not len(self.dls.valid): raise ValueError('keep_best needs a validation set; pass keep_best=False to end with the last state.')
+    if len(self.dls.loaders) < 2 or not len(self.dls.valid):
+        raise ValueError('keep_best needs a validation set; pass keep_best=False to end with the last state.')
     total,n,n_inp = 0.,0,getattr(self.dls, 'n_inp', -1)
     with left_as_found(self.model), torch.no_grad():
         for b in self.dls.valid:
@@ -118,7 +121,8 @@ def after_loss(self:SelfDistillation):
     with torch.no_grad(): target = _first(self._teacher(*self.xb))
     pred = _first(self.pred)
     loss = self._loss(pred, target.to(pred.dtype))
-    if self.features: loss = loss + self.feature_weight*sum(_feature_loss(_first(a), _first(b)) for a,b in zip(*(h.stored for h in self._hooks)))
+    if self.features:
+        loss = loss + self.feature_weight*sum(_feature_loss(_first(a), _first(b)) for a,b in zip(*(h.stored for h in self._hooks)))
     self.learn.loss_grad = self.weight*loss + (1-self.weight)*self.loss_grad
     self.learn.loss = self.loss_grad.clone()
 

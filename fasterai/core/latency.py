@@ -57,36 +57,44 @@ class LatencyTable:
     "Times of layers and of their pairs. Shapes that are not in the table yet are measured when they are needed, and stored"
     batch_size: int = 1          # items per batch; a layer gets `positions` rows of each
     device: str|None = field(default=None, kw_only=True)    # where to measure, None for where each layer is
-    times: dict = field(default_factory=dict, kw_only=True, hash=False) # (in, out, rows, dtype, device) -> {rank: ms}, rank 0 for the layer itself
+    # (in, out, rows, dtype, device) -> {rank: ms}, rank 0 for the layer itself
+    times: dict = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self):
         b = self.batch_size
-        if isinstance(b, bool) or not isinstance(b, Integral) or b < 1: raise ValueError(f'batch_size must be an int of at least 1, got {b!r}.')
+        if isinstance(b, bool) or not isinstance(b, Integral) or b < 1:
+            raise ValueError(f'batch_size must be an int of at least 1, got {b!r}.')
         for key,ms in self.times.items():
             bad = [v for v in ms.values() if not isinstance(v, Real) or not 0 < v < np.inf]
-            if 0 not in ms or bad: raise ValueError(f'times[{key}] must map ranks to positive milliseconds, and 0 to those of the layer itself, got {ms}.')
+            if 0 not in ms or bad:
+                raise ValueError(f'times[{key}] must map ranks to positive milliseconds, and 0 to those of the layer itself, got {ms}.')
 
     def key(self, 
         layer: 'Layer',
     ) -> tuple:
         "What the time of `layer` depends on: inputs, outputs, rows, dtype, device"
-        return (layer.in_features, layer.out_features, max(1, round(layer.positions*self.batch_size)), layer.dtype, self.device or layer.device)
+        return (layer.in_features, layer.out_features, max(1, round(layer.positions*self.batch_size)), layer.dtype,
+            self.device or layer.device)
 
     def __str__(self):
-        return f'LatencyTable({", ".join(filter(None, [str(self.batch_size)*(self.batch_size != 1), f"device={self.device!r}"*(self.device is not None)]))})'
+        args = [str(self.batch_size)*(self.batch_size != 1), f'device={self.device!r}'*(self.device is not None)]
+        return f'LatencyTable({", ".join(filter(None, args))})'
 
 # %% ../../nbs/core/latency.ipynb #f52ab875
 def _check_device(device, what):
     "Raise where nothing can be measured"
     try: ok = torch.empty(0, device=device).device.type != 'meta'
     except (AssertionError, NotImplementedError, RuntimeError): ok = False   # torch raises each of them, depending on how it was built
-    if not ok: raise ValueError(f"latency of {what} cannot be measured on {device!r} here. Name a device that this machine has: cost=LatencyTable(device='cpu').")
+    if not ok:
+        raise ValueError(f"latency of {what} cannot be measured on {device!r} here. Name a device that this machine has: "
+            f"cost=LatencyTable(device='cpu').")
 
 @patch
 def measure(self:LatencyTable, 
     layers: 'Sequence[Layer]',
 ) -> LatencyTable:      # itself
-    "Measure all shapes of `layers` that are not known yet: each takes about a second, large ones about as long as twenty passes through the layer"
+    """Measure all shapes of `layers` that are not known yet: each takes about a second, large ones about as long as twenty passes
+    through the layer"""
     for key,o in {self.key(o): o for o in layers}.items():
         if key in self.times: continue
         with agreed():
@@ -126,7 +134,8 @@ def to_frame(self:LatencyTable) -> pd.DataFrame:
 @patch
 def _shown(self:LatencyTable):
     df = self.to_frame()
-    return df.assign(rank=['dense' if k == 0 else str(k) for k in df['rank']], ms=df.ms.map('{:.3g}'.format), ratio=df.ratio.map('{:.2f}'.format))
+    return df.assign(rank=['dense' if k == 0 else str(k) for k in df['rank']], ms=df.ms.map('{:.3g}'.format),
+        ratio=df.ratio.map('{:.2f}'.format))
 
 @patch
 def __repr__(self:LatencyTable): return f'{self}' + (f'\n{self._shown().to_string(index=False)}' if self.times else '')

@@ -123,7 +123,8 @@ def to_json(self:Plan,
 ) -> str:
     "The plan as JSON"
     d = {f.name: getattr(self, f.name) for f in fields(self) if f.compare and f.name != 'layers'}
-    return json.dumps(dict(type=f'fasterai.{type(self).__name__}', version=self.version) | d | dict(layers=[asdict(o) for o in self.layers]),
+    return json.dumps(dict(type=f'fasterai.{type(self).__name__}', version=self.version) | d
+        | dict(layers=[asdict(o) for o in self.layers]),
                       ensure_ascii=False, indent=indent)
 
 @patch(cls_method=True)
@@ -146,8 +147,10 @@ def from_dict(cls:Plan,
     "A plan from its fields, checked"
     if not isinstance(d, dict) or (kind := _kinds(cls).get(d.get('type'))) is None:
         has = d.get('type') if isinstance(d, dict) else None
-        raise ValueError(f'{where} is not a plan: its type is {has!r}, expected {" or ".join(repr(k) for k,c in _kinds(cls).items() if c is not Plan)}.')
-    if d.get('version') != kind.version: raise ValueError(f'{where} has plan version {d.get("version")!r}, this fasterai reads {kind.version}.')
+        raise ValueError(f'{where} is not a plan: its type is {has!r}, expected '
+            f'{" or ".join(repr(k) for k,c in _kinds(cls).items() if c is not Plan)}.')
+    if d.get('version') != kind.version:
+        raise ValueError(f'{where} has plan version {d.get("version")!r}, this fasterai reads {kind.version}.')
     try: return kind(tuple(map(kind.row.from_dict, d['layers'])), **{k: v for k,v in d.items() if k not in ('type','version','layers')})
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{where} is a damaged plan: {e}.') from None
 

@@ -6,329 +6,21 @@
 __all__ = ['LINEAR_ATTRS', 'weight_readers']
 
 # %% ../../nbs/core/readers.ipynb #58a0f486
-import ast, functools, importlib.util, inspect, linecache, sys, textwrap, types
-from collections import defaultdict
+import ast, functools, types
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import partial
 from fastcore.basics import patch
 from torch import nn
+from .expressions import _CALLS_ONLY, _HOLDERS
+from .walk import _FnWalk, _Reader, _below, _captured, _looks_linear, _name
 
-# %% ../../nbs/core/readers.ipynb #bde4b842
-def _is_conv1d(m) -> bool:
-    "GPT-2's `Conv1D`: a linear layer whose weight is stored (n, m)"
-    return type(m).__name__ == 'Conv1D' and type(m).__module__ == 'transformers.pytorch_utils'
-
-def _looks_linear(m) -> bool:
-    if isinstance(m, nn.Sequential): return False
-    if _is_conv1d(m) or isinstance(m, nn.Linear): return True
-    if not all(isinstance(getattr(m, a, None), int) for a in ('in_features', 'out_features')): return False
-    own = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    if not any(t.ndim > 1 for t in own) and any(map(_looks_linear, m.children())): return False   # a wrapper: the layer in it is the one
-    return bool(own or hasattr(m, 'weight'))     # not a block of two convolutions
-
-# %% ../../nbs/core/readers.ipynb #4ebd8ba6
+# %% ../../nbs/core/readers.ipynb #1d854d3f
 LINEAR_ATTRS = frozenset('weight bias in_features out_features'.split())
-_CALLS_ONLY = frozenset('checkpoint id callable len'.split())   # a layer passed to these is not looked into
-_HOLDERS = frozenset('list tuple dict set iter reversed sorted enumerate zip filter OrderedDict chain from_iterable'.split())
 _INSIDE = frozenset('parameters named_parameters state_dict _parameters get_parameter __dict__ load_state_dict children named_children '
                     '_modules extra_repr __repr__ __str__'.split())     # what differs between a layer and a pair
 _SAME = frozenset(dir(nn.Module())) - _INSIDE - {'__class__', '_get_name'}
 _FACTS = frozenset('dtype device is_cuda is_meta is_floating_point is_complex requires_grad'.split())  # the same for the factors
 
-_BINDS = (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.comprehension, ast.Call)
-
-@lru_cache(maxsize=256)
-def _file_ast(file, n_lines):
-    try: return ast.parse(''.join(linecache.getlines(file)))
-    except (SyntaxError, ValueError): return None
-
-def _lambda_ast(fn):
-    "The only lambda with these arguments on the line of `fn`"
-    code,lines = fn.__code__,linecache.getlines(fn.__code__.co_filename, fn.__globals__)
-    tree = _file_ast(code.co_filename, len(lines)) if lines else None
-    hits = [o for o in ast.walk(tree) if isinstance(o, ast.Lambda) and o.lineno == code.co_firstlineno
-            and tuple(a.arg for a in o.args.args) == code.co_varnames[:code.co_argcount]] if tree else []
-    return hits[0] if len(hits) == 1 else None
-
-@lru_cache(maxsize=None)
-def _fn_ast(fn: types.FunctionType) -> tuple[ast.AST|None,list,dict]:
-    "Syntax tree of `fn`, what binds names in it, and the parent of each node; None where there is no source"
-    try: tree = _lambda_ast(fn) if fn.__name__ == '<lambda>' else ast.parse(textwrap.dedent(inspect.getsource(fn))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError): return None,[],{}
-    if not isinstance(tree, (ast.FunctionDef, ast.Lambda)): return None,[],{}
-    nodes = list(ast.walk(tree))
-    return tree, [o for o in nodes if isinstance(o, _BINDS)], {c: o for o in nodes for c in ast.iter_child_nodes(o)}
-
-def _plain_fn(o) -> types.FunctionType|None:
-    o = inspect.unwrap(getattr(o, '__func__', o))
-    return o if isinstance(o, types.FunctionType) else None
-
-def _captured(fn) -> dict:
-    "What the closure of `fn` holds: name -> object"
-    res = {}
-    for k,c in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
-        try: res[k] = c.cell_contents
-        except ValueError: pass         # not yet filled
-    return res
-
-# %% ../../nbs/core/readers.ipynb #4e92cb30
-class _Reader:
-    "Symbolic walk over `forward` functions: which modules does an expression stand for, and what is done with them?"
-    def __init__(self):     # id of a layer -> function that reads it; -> what is written to it; -> why it must stay dense
-        self.found,self.written,self.kept,self.seen,self.multiplied = {},{},{},{},set()   # multiplied: (id of a module, name of its tensor)
-
-    def run(self, mod: nn.Module, name: str = 'forward') -> list:
-        "Walk every definition of method `name` along the classes of `mod`; what they return"
-        fns = [c.__dict__[name] for c in type(mod).__mro__ if name in c.__dict__ and c is not nn.Module]
-        res = [o for f in fns for o in self.walk(f, {0: [mod]})]
-        return res + (self.follow(mod.__dict__[name], {}) if name in mod.__dict__ else [])
-
-    def follow(self, f, args: dict) -> list:
-        "Walk what is called as `f(*args)`: a function, a bound method, or a partial of one"
-        if isinstance(f, partial):
-            args = {k + len(f.args) if isinstance(k, int) else k: v for k,v in args.items()}
-            bound = {**dict(enumerate(f.args)), **f.keywords}
-            return self.follow(f.func, args | {k: [o] for k,o in bound.items() if isinstance(o, nn.Module)})
-        if isinstance(f, types.MethodType):
-            args = {k+1 if isinstance(k, int) else k: v for k,v in args.items()}
-            if isinstance(f.__self__, nn.Module): args[0] = [f.__self__]
-        return self.walk(f, args)
-
-    def walk(self, f, args: dict) -> list:
-        "Walk function `f` with modules bound to its arguments by position or name; the modules it returns"
-        fn = _plain_fn(f.fget if isinstance(f, property) else f.__func__ if isinstance(f, (staticmethod, classmethod)) else f)
-        key = (fn, tuple((k, *map(id, v)) for k,v in args.items()))
-        if fn is None: return []
-        if key in self.seen: return self.seen[key]
-        self.seen[key] = []
-        tree,binds,up = _fn_ast(fn)
-        if tree is None:
-            for m in [o for v in args.values() for c in v for o in _held(c)]: self.found.setdefault(id(m), f'{fn.__qualname__} (no source)')
-            return []
-        params = [a.arg for a in tree.args.posonlyargs + tree.args.args]
-        env = defaultdict(list)
-        for k,v in args.items():
-            if isinstance(k, str) or k < len(params): env[k if isinstance(k, str) else params[k]] += v
-        walk = _FnWalk(self, fn, env, up)
-        walk.run(tree, binds)
-        self.seen[key] = walk.returned
-        return walk.returned
-
-def _held(m):
-    "Children of `m`, and what lies in plain containers among them"
-    return [o for c in m.children() for o in ([c] if type(c).__module__ != 'torch.nn.modules.container' else [c, *_held(c)])]
-
-def _below(m): return [c for c in m.modules() if _looks_linear(c)]
-
-# %% ../../nbs/core/readers.ipynb #1648ebcb
-def _is_getattr(e) -> bool:
-    return isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == 'getattr' and len(e.args) > 1
-
-def _name(f): return f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ''
-
-class _FnWalk(ast.NodeVisitor):
-    "One function under `_Reader`: `env` maps local names to the modules they may stand for, `up` a node to its parent"
-    def __init__(self, reader, fn, env, up):
-        self.reader,self.fn,self.env,self.up,self.strs,self.returned,self.wide = reader,fn,env,up,{},[],set()   # wide: names that stand for all modules below one
-        self.outer,self.tensors = _captured(fn),defaultdict(list)
-        for k,o in self.outer.items():
-            if k not in env and (o := _modules_in(o)) is not None: env[k] = [o]
-
-    def run(self, tree, binds):
-        for _ in range(2):  # twice: a name may be bound below its use in a loop
-            for o in binds: self._bind(o)
-        if isinstance(tree, ast.Lambda): self._returns(tree.body)
-        else: [self.visit(o) for o in tree.body]
-
-    def _bind(self, o):
-        if isinstance(o, ast.Assign):
-            for t in o.targets: self._assign(t, o.value)
-            if _name(getattr(o.value, 'func', o.value)) in ('list','modules') and any(_name(c) == 'modules' for c in ast.walk(o.value)): self.wide |= _targets(o.targets[0])
-        elif isinstance(o, (ast.NamedExpr, ast.AnnAssign)): self._assign(o.target, o.value) if o.value else None
-        elif not isinstance(o, ast.Call):
-            self._add(o.target, self._iterated(o.iter))
-            if any(_name(getattr(c, 'func', c)) in {'modules', 'named_modules', *self.wide} for c in ast.walk(o.iter)): self.wide |= _targets(o.target)
-        elif _name(o.func) in ('append','add','insert','extend','appendleft') and isinstance(o.func, ast.Attribute) and isinstance(o.func.value, ast.Name):
-            if (mods := [m for a in o.args for m in self.mods(a)]): self.env[o.func.value.id].append(mods)
-
-    def _assign(self, target, value):
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-            for t,v in zip(target.elts, value.elts): self._assign(t, v)
-        elif isinstance(target, (ast.Tuple, ast.List)): self._add(target, self._items(value))
-        elif isinstance(target, ast.Subscript): self._add(target.value, [mods] if (mods := self.mods(value)) else [])
-        elif not isinstance(target, ast.Attribute): (
-            self._add(target, self.mods(value), self._texts(value)), self.tensors[getattr(target, 'id', '')].extend(self._tensor(value)))
-
-    def _add(self, target, mods, texts=None):
-        for t in [t for t in ast.walk(target) if isinstance(t, ast.Name)]:
-            self.env[t.id] += [m for m in mods if not any(m is o for o in self.env[t.id])]
-            old = self.strs.get(t.id, set())
-            self.strs[t.id] = None if texts is None or old is None else old | texts
-
-def _targets(e): return {n.id for n in ast.walk(e) if isinstance(n, ast.Name)}
-
-def _modules_in(o):
-    "A module, or the list of those in a plain list, tuple or dict; None for anything else"
-    if isinstance(o, nn.Module): return o
-    if isinstance(o, dict): o = list(o.values())
-    if isinstance(o, (list, tuple)): return [c for c in o if isinstance(c, nn.Module)] or None
-
-# %% ../../nbs/core/readers.ipynb #ee7615b5
-@patch
-def mods(self:_FnWalk, e) -> list:
-    "Modules (or lists of modules) that expression `e` may stand for"
-    if isinstance(e, ast.Name): return self.env[e.id] if e.id in self.env else self._global(e)
-    if isinstance(e, ast.Attribute): return self._attr(e.value, e.attr)
-    if isinstance(e, ast.Subscript):
-        if (one := self._keyed(e)): return one
-        return [self._items(e.value)] if isinstance(e.slice, ast.Slice) else self._items(e.value)
-    if isinstance(e, (ast.List, ast.Tuple, ast.Set)): return [[m for v in e.elts for m in self.mods(v)]]
-    if isinstance(e, ast.Dict): return [[m for v in e.values for m in self.mods(v)]]
-    if isinstance(e, (ast.ListComp, ast.SetComp, ast.GeneratorExp)): return [self.mods(e.elt)]
-    if isinstance(e, ast.DictComp): return [self.mods(e.value)]
-    if isinstance(e, ast.Starred): return self._items(e.value)
-    if isinstance(e, ast.IfExp): return self.mods(e.body) + self.mods(e.orelse)
-    if isinstance(e, ast.BoolOp): return [m for v in e.values for m in self.mods(v)]
-    if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Add): return self.mods(e.left) + self.mods(e.right)
-    if isinstance(e, ast.NamedExpr): return self.mods(e.value)
-    return self._called(e) if isinstance(e, ast.Call) else []
-
-@patch
-def _keyed(self:_FnWalk, e):
-    "The children that `x[key]`, `x._modules[key]` stand for, where the key is written out"
-    key,x = getattr(e.slice, 'value', None),e.value
-    if isinstance(x, ast.Subscript) and getattr(x.slice, 'value', None) == '_modules':     # vars(x)['_modules'], x.__dict__['_modules']
-        x = x.value.value if isinstance(x.value, ast.Attribute) else x.value.args[0] if getattr(x.value, 'args', None) else x
-    elif isinstance(x, ast.Attribute) and x.attr == '_modules': x = x.value
-    own = [m for m in self.mods(x) if isinstance(m, nn.Module)]
-    return [m._modules[str(key)] for m in own if isinstance(key, (str, int)) and str(key) in m._modules]
-
-@patch
-def _global(self:_FnWalk, e):
-    "A module that lies outside of the function"
-    o = _modules_in(self.fn.__globals__.get(e.id))
-    return [] if o is None else [o]
-
-@patch
-def _called(self:_FnWalk, e):
-    "What a call hands back: lists of others, modules by their names, what a method returns"
-    f,name = e.func,_name(e.func)
-    if _is_getattr(e):
-        names = self._texts(e.args[1])
-        return self._items(e.args[0]) if names is None else [m for k in names for m in self._attr(e.args[0], k)]
-    if isinstance(f, ast.Name):
-        if name == 'super': return self.env.get('self', [])
-        if name in _HOLDERS: return [[c for a in e.args for c in self._iterated(a)]]
-        if name == 'next': return self._items(e.args[0]) if e.args else []
-        if name == 'vars' and e.args: return [[[*o.children()]] for o in self.mods(e.args[0]) if isinstance(o, nn.Module)]
-    elif isinstance(f, ast.Attribute):
-        own = [m for m in self.mods(f.value) if isinstance(m, nn.Module)]
-        if name == 'get_submodule': return [o for m in own for o in self._paths(m, e)]
-        if name in ('children','named_children','values','items'): return [c for m in self.mods(f.value) for c in ([[*m.children()]] if isinstance(m, nn.Module) else [m])]
-        if name in ('modules','named_modules'): return [[*m.modules()] for m in own]
-        if name in ('get','pop') and not own: return self._items(f.value)
-    return [o for fn,first in self._callees(f) for o in self._into(e, fn, first)]
-
-@patch
-def _paths(self:_FnWalk, m, e):
-    "The modules that `m.get_submodule(…)` may stand for: by name where that is known, else all below `m`"
-    names = self._texts(e.args[0]) if e.args else None
-    if names is None: return [o for o in m.modules() if o is not m]
-    return [o for n,o in m.named_modules() if n in names]
-
-@patch
-def _texts(self:_FnWalk, e) -> set|None:
-    "Strings that expression `e` may stand for, None if that is not known"
-    if isinstance(e, ast.Constant): return {e.value} if isinstance(e.value, str) else None
-    if isinstance(e, ast.Name): return self.strs.get(e.id)
-    if _is_getattr(e) and isinstance(e.args[1], ast.Constant):
-        res = {getattr(m, e.args[1].value, None) for m in self.mods(e.args[0]) if isinstance(m, nn.Module)}
-        return res if res and all(isinstance(v, str) for v in res) else None
-
-# %% ../../nbs/core/readers.ipynb #996a61cf
-@patch
-def _iterated(self:_FnWalk, e):
-    "What a loop over `e` may bind: looks through zip, enumerate, reversed, `.values()`"
-    inside = ast.iter_child_nodes(e)
-    if isinstance(e, ast.Attribute): inside = []   # the layers of `self` are not in `self.sizes`
-    elif isinstance(e, ast.Call): inside = e.args + ([e.func.value] if isinstance(e.func, ast.Attribute) else [])
-    return self._items(e) or [c for o in inside for c in self._iterated(o)]
-
-@patch
-def _items(self:_FnWalk, e):
-    return [c for m in self.mods(e) for c in (m.children() if isinstance(m, nn.Module) else m)]
-
-@patch
-def _attr(self:_FnWalk, value, attr):
-    res = []
-    for m in self.mods(value):
-        if not isinstance(m, nn.Module): continue
-        if attr == '_modules': res.append([*m.children()])
-        elif attr == '__dict__': res.append([[*m.children()]])
-        elif isinstance(getattr(type(m), attr, None), property) and not _looks_linear(m): res += self.reader.run(m, attr)
-        elif (o := _modules_in(m._modules.get(attr, m.__dict__.get(attr)))) is not None: res.append(o)
-    return res
-
-# %% ../../nbs/core/readers.ipynb #566d05ae
-@patch
-def _outside(self:_FnWalk, e):
-    "The object that a dotted name stands for outside of the function; LookupError where that cannot be known"
-    if isinstance(e, (ast.Tuple, ast.List, ast.Set)): return tuple(map(self._outside, e.elts))
-    if isinstance(e, ast.BinOp) and isinstance(e.op, ast.BitOr): return self._outside(e.left),self._outside(e.right)
-    if isinstance(e, ast.Name):
-        if e.id in self.outer: return self.outer[e.id]
-        if e.id in self.fn.__code__.co_varnames: return self._imported(e.id)
-        return self.fn.__globals__[e.id] if e.id in self.fn.__globals__ else vars(__import__('builtins'))[e.id]
-    if not isinstance(e, ast.Attribute): raise LookupError
-    own = [m for m in self.mods(e.value) if isinstance(m, nn.Module)]
-    if len(own) > 1: raise LookupError(e.attr)
-    return getattr(own[0] if own else self._outside(e.value), e.attr)
-
-@patch
-def _imported(self:_FnWalk, name):
-    "What `name` is where the function itself imports it, from a module that is loaded"
-    for o in self.up:
-        for a in o.names if isinstance(o, ast.ImportFrom) else ():
-            if (a.asname or a.name) == name:
-                mod = importlib.util.resolve_name('.'*o.level + (o.module or ''), self.fn.__globals__.get('__package__') or '')
-                return getattr(sys.modules[mod], a.name)
-    raise LookupError(name)
-
-def _flat(o): return [c for k in o for c in _flat(k)] if isinstance(o, (tuple, list, set, frozenset)) else [*getattr(o, '__args__', (o,))]
-
-@patch
-def _tells(self:_FnWalk, m, e, exact):
-    "Does the question for class `e`, or one of several, have another answer for a pair than for layer `m`?"
-    try:
-        kinds = tuple(_flat(self._outside(e)))
-        def ask(t): return t in kinds if exact else issubclass(t, kinds)
-        return not all(isinstance(k, type) for k in kinds) or ask(type(m)) != ask(nn.Sequential)
-    except (LookupError, AttributeError, TypeError): return True
-
-@patch
-def _callees(self:_FnWalk, f):
-    "The functions that a call of `f` may reach, each with the module it is bound to, if any"
-    name = _name(f)
-    if isinstance(f, ast.Attribute) and (own := [m for m in self.mods(f.value) if isinstance(m, nn.Module)]):
-        if name == '__call__': return []
-        res = [(m.__dict__[name], None) for m in own if callable(m.__dict__.get(name)) and not isinstance(m.__dict__[name], nn.Module)]
-        return res + [(c.__dict__[name], m) for m in own if not _looks_linear(m) for c in type(m).__mro__
-                      if c is not nn.Module and name in c.__dict__ and _plain_fn(getattr(type(m), name, None))]
-    try: fn = self._outside(f)
-    except (LookupError, AttributeError): return []
-    if name in _CALLS_ONLY or getattr(fn, '__module__', None) is None or fn.__module__.split('.')[0] == 'torch': return []
-    return [(fn, None)] if _plain_fn(fn.func if isinstance(fn, partial) else fn) else []
-
-@patch
-def _into(self:_FnWalk, o, fn, first):
-    "Follow call `o` into `fn`; the modules it returns"
-    skip = 0 if first is None or isinstance(fn, staticmethod) else 1
-    args = {i+skip: v for i,a in enumerate(o.args) if (v := [c for c in self.mods(a) if isinstance(c, nn.Module)])}
-    args |= {k.arg: v for k in o.keywords if k.arg and (v := [c for c in self.mods(k.value) if isinstance(c, nn.Module)])}
-    if first is None: return self.reader.follow(fn, args) if args or isinstance(fn, (partial, types.MethodType)) or fn.__closure__ else []
-    return self.reader.walk(fn, ({0: [first]} if skip else {}) | args)
-
-# %% ../../nbs/core/readers.ipynb #1d854d3f
 @patch
 def _linears(self:_FnWalk, e) -> list:
     "The layers that `e` may stand for, nothing for containers"
@@ -346,11 +38,13 @@ def _reads(self:_FnWalk, layers, attr, e=None):
     "`attr` of these layers is asked for: a pair has it, can offer it, gets it from the layer, or the layer has to stay"
     for m in layers:
         if attr in LINEAR_ATTRS:
-            if isinstance(e, ast.Name) and e.id in self.wide: self._keep([m], 'looks into all of its modules')   # two layers more would be met
+            if isinstance(e, ast.Name) and e.id in self.wide:
+                self._keep([m], 'looks into all of its modules')   # two layers more would be met
             else: self.reader.found.setdefault(id(m), self.fn.__qualname__)
         elif attr in ('__class__', '_get_name'): self._keep([m], 'asks for its class')
         elif attr in _INSIDE or attr not in _SAME and attr not in m.__dict__ and hasattr(m, attr): self._keep([m], f'uses its {attr}')
 
+# %% ../../nbs/core/readers.ipynb #6e4d3052
 @patch
 def _write(self:_FnWalk, e, whole=False):
     "`fc.weight`, `fc.weight.data`, `fc.weight[0]` as the target of an assignment or of a method like `mul_`"
@@ -381,7 +75,8 @@ def visit_Attribute(self:_FnWalk, o):
         if m in layers: continue
         if isinstance(getattr(type(m), o.attr, None), property): self.reader.run(m, o.attr)
         elif o.attr in LINEAR_ATTRS and o.attr not in {**m.__dict__, **m._parameters, **m._modules} and not hasattr(type(m), o.attr) \
-            and type(m).__getattr__ is not nn.Module.__getattr__: self._reads(_below(m), o.attr)     # what is not there is asked of the layer inside
+            and type(m).__getattr__ is not nn.Module.__getattr__:
+                self._reads(_below(m), o.attr)     # what is not there is asked of the layer inside
     if not layers: self.visit(o.value)
 
 @patch
@@ -425,6 +120,18 @@ def visit_BinOp(self:_FnWalk, o):
     if isinstance(o.op, ast.MatMult): self.reader.multiplied.update(self._tensor(o.left) + self._tensor(o.right))
     self.generic_visit(o)
 
+# %% ../../nbs/core/readers.ipynb #b003bbe0
+def _flat(o): return [c for k in o for c in _flat(k)] if isinstance(o, (tuple, list, set, frozenset)) else [*getattr(o, '__args__', (o,))]
+
+@patch
+def _tells(self:_FnWalk, m, e, exact):
+    "Does the question for class `e`, or one of several, have another answer for a pair than for layer `m`?"
+    try:
+        kinds = tuple(_flat(self._outside(e)))
+        def ask(t): return t in kinds if exact else issubclass(t, kinds)
+        return not all(isinstance(k, type) for k in kinds) or ask(type(m)) != ask(nn.Sequential)
+    except (LookupError, AttributeError, TypeError): return True
+
 # %% ../../nbs/core/readers.ipynb #068e19cf
 @patch
 def _classes(self:_FnWalk, e) -> list:
@@ -438,7 +145,8 @@ def visit_Compare(self:_FnWalk, o):
     for i,e in enumerate(sides):
         layers = self._classes(e)
         if not layers: self.visit(e)
-        for other in sides[max(0, i-1):i] + sides[i+1:i+2]: self._keep([m for m in layers if self._tells(m, other, True)], 'asks for its class')
+        for other in sides[max(0, i-1):i] + sides[i+1:i+2]:
+            self._keep([m for m in layers if self._tells(m, other, True)], 'asks for its class')
 
 @patch
 def visit_Match(self:_FnWalk, o):
@@ -451,6 +159,7 @@ def visit_FormattedValue(self:_FnWalk, o):
     self._keep(self._linears(o.value), 'asks for its text')
     self.generic_visit(o)
 
+# %% ../../nbs/core/readers.ipynb #71c5276b
 @patch
 def _asked(self:_FnWalk, o, name) -> bool:
     "Is `o` a question that Python itself answers: for the class of a layer, its text, one of its attributes?"
@@ -476,10 +185,12 @@ def visit_Call(self:_FnWalk, o):
     if name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(f, ast.Attribute): self._write(f.value)
     if name in _PRODUCTS: self.reader.multiplied.update(t for a in (*o.args, *(k.value for k in o.keywords)) for t in self._tensor(a))
     if name == 'get_parameter': self._parameter(o)
-    if name == 'functional_call' and o.args: self._keep([c for m in self.mods(o.args[0]) if isinstance(m, nn.Module) for c in _below(m)], 'replaces its parameters')
+    if name == 'functional_call' and o.args:
+        self._keep([c for m in self.mods(o.args[0]) if isinstance(m, nn.Module) for c in _below(m)], 'replaces its parameters')
     callees = self._callees(f)
     for fn,first in callees:
-        if hasattr(fn, 'registry') or isinstance(fn, functools.singledispatchmethod): [self._keep(self._linears(a), 'asks for its class') for a in o.args]
+        if hasattr(fn, 'registry') or isinstance(fn, functools.singledispatchmethod):
+            [self._keep(self._linears(a), 'asks for its class') for a in o.args]
         self._into(o, fn, first)
     if not isinstance(f, ast.Name): self.visit(f)
     for a in [*o.args, *(k.value for k in o.keywords)]:
@@ -491,7 +202,8 @@ def _parameter(self:_FnWalk, o):
     "`m.get_parameter('fc.weight')` wants a parameter, which the product of two is not"
     for m in [m for m in self.mods(o.func.value) if isinstance(m, nn.Module)]:
         names = self._texts(o.args[0]) if o.args else None
-        layers = _below(m) if names is None else [c for n,c in m.named_modules() if f'{n}.weight' in names or f'{n}.bias' in names or not n and 'weight' in names]
+        layers = _below(m) if names is None else [c for n,c in m.named_modules() if f'{n}.weight' in names or f'{n}.bias' in names
+            or not n and 'weight' in names]
         self._keep([c for c in layers if _looks_linear(c)], 'calls get_parameter for it')
 
 # %% ../../nbs/core/readers.ipynb #13359f00

@@ -63,7 +63,8 @@ def _squares(
     zs,ws = _outputs(z),_outputs(w)
     shapes = [[tuple(o.shape) for o in os] for os in (zs, ws)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f'before returns {_listed(shapes[0])}, after returns {_listed(shapes[1])}: outputs must agree in shape to be compared.')
+        raise ValueError(f'before returns {_listed(shapes[0])}, after returns {_listed(shapes[1])}: '
+            'outputs must agree in shape to be compared.')
     diff = norm = 0.
     for a,b in zip(zs, ws):
         b = b.to(a.device)
@@ -126,8 +127,10 @@ def _layer_frame(plan, col):
         if col.dense[o.name].n == 0: why.append('no finite row in the data')
         elif math.isnan(col.error(o.name)): why.append('its output never varies')
         return '; '.join(why)
-    rows = [dict(layer=o.name or '(the model)') | o.decision | dict(predicted=o.error, measured=col.error(o.name), remark=remark(o)) for o in plan.replaced]
-    return pd.DataFrame(rows, columns=None if rows else 'layer predicted measured remark'.split()).astype(dict(predicted='float64', measured='float64'))
+    rows = [dict(layer=o.name or '(the model)') | o.decision | dict(predicted=o.error, measured=col.error(o.name), remark=remark(o))
+        for o in plan.replaced]
+    return pd.DataFrame(rows, columns=None if rows else 'layer predicted measured remark'.split()).astype(
+        dict(predicted='float64', measured='float64'))
 
 # %% ../../nbs/core/report.ipynb #81c0b991
 def _call(model, b, batch):
@@ -186,7 +189,8 @@ def _where(models):
     "What the models ran on"
     n = torch.get_num_threads()
     names = {'cpu': f'CPU, {n} thread{"s"*(n > 1)}'}
-    return ' and '.join(dict.fromkeys(torch.cuda.get_device_name(d) if d.type == 'cuda' else names.get(d.type, str(d)) for d in map(_device, models)))
+    return ' and '.join(dict.fromkeys(torch.cuda.get_device_name(d) if d.type == 'cuda' else names.get(d.type, str(d))
+        for d in map(_device, models)))
 
 def _checked(model, arg):
     if isinstance(model, nn.Module): return model
@@ -210,7 +214,8 @@ def compare_models(
         if plan is not None: raise ValueError('errors of layers are measured on data: pass data= with plan=.')
         return ModelComparison(_table(rows))
     b = Batches(data, n_batches)
-    if any(p.is_meta for m in models for p in m.parameters()): raise ValueError('a model on the meta device cannot run. Load its weights first.')
+    if any(p.is_meta for m in models for p in m.parameters()):
+        raise ValueError('a model on the meta device cannot run. Load its weights first.')
     sites,new = _changed(plan, *models)
     col = _LayerErrors(sites, new)
     with left_as_found(before), left_as_found(after), torch.no_grad():
@@ -232,7 +237,8 @@ def _series(frames):
     frames = dict(frames) if isinstance(frames, Mapping) else {None: frames}
     for k,o in frames.items():
         if not isinstance(o, pd.DataFrame):
-            raise TypeError(f'plot_tradeoff takes a DataFrame or a dict of them, got {type(o).__name__}' + ('.' if k is None else f' for {k!r}.'))
+            raise TypeError(f'plot_tradeoff takes a DataFrame or a dict of them, got {type(o).__name__}'
+                + ('.' if k is None else f' for {k!r}.'))
     if not frames: raise ValueError('plot_tradeoff got no DataFrame.')
     return frames
 

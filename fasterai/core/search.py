@@ -22,7 +22,8 @@ from .report import plot_tradeoff
 @dataclass(frozen=True, eq=False)
 class Suggestion:
     "What a search found; `plan` is the suggestion, None if no budget kept the metric"
-    frame: pd.DataFrame             # one row per size tried: ratio (the largest budget of that size), params (of the model), share of them, metric, ok
+    # one row per size tried: ratio (the largest budget of that size), params (of the model), share of them, metric, ok
+    frame: pd.DataFrame
     dense: float                    # metric of the dense model
     max_drop: float                 # allowed loss, in units of the metric
     metric: str                     # its name
@@ -78,7 +79,8 @@ class _Sweep:
 
 # %% ../../nbs/core/search.ipynb #5ea7c409
 def _search(sweep, ratios, refine, verb, tight):
-    "Largest budget first, until two in a row are not good enough; then between the last good one and the first bad one: best row, why it stopped"
+    """Largest budget first, until two in a row are not good enough; then between the last good one and the first bad one: best row,
+    why it stopped"""
     bar,bad,why = _Bar(sorted(ratios, reverse=True), verb),0,''
     for r in bar:
         n = len(sweep.rows)
@@ -114,20 +116,26 @@ def check_search(
 ):
     "Raise for arguments that would fail only after some work"
     if isinstance(max_drop, bool) or not isinstance(max_drop, Real):
-        raise TypeError(f'max_drop must be a number in units of the metric (0.01 is one point of accuracy), got a {type(max_drop).__name__}.')
-    if max_drop < 0: raise ValueError(f'max_drop must not be negative, got {max_drop}. It is in units of the metric: 0.01 is one point of accuracy.')
-    if not math.isfinite(max_drop): raise ValueError(f'max_drop must be finite, got {max_drop}. It is in units of the metric: 0.01 is one point of accuracy.')
+        raise TypeError(f'max_drop must be a number in units of the metric (0.01 is one point of accuracy), '
+            f'got a {type(max_drop).__name__}.')
+    if max_drop < 0:
+        raise ValueError(f'max_drop must not be negative, got {max_drop}. It is in units of the metric: 0.01 is one point of accuracy.')
+    if not math.isfinite(max_drop):
+        raise ValueError(f'max_drop must be finite, got {max_drop}. It is in units of the metric: 0.01 is one point of accuracy.')
     if isinstance(ratios, str) or not isinstance(ratios, Sequence) or not len(ratios):
-        raise TypeError(f'ratios must be a list of budgets, each in (0, 1], got {ratios!r}.' if isinstance(ratios, (Real, str, Sequence)) else
+        raise TypeError(f'ratios must be a list of budgets, each in (0, 1], got {ratios!r}.'
+            if isinstance(ratios, (Real, str, Sequence)) else
                         f'ratios must be a list of budgets, each in (0, 1], got a {type(ratios).__name__}.')
-    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0: raise ValueError(f'refine must be an int of at least 0, got {refine!r}.')
+    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
+        raise ValueError(f'refine must be an int of at least 0, got {refine!r}.')
 
 _UNBOUNDED = frozenset('valid_loss loss rmse _rmse exp_rmspe _exp_rmspe mse mae msle perplexity'.split())
 
 def _check_units(max_drop, dense, metric):
     "Warn where `max_drop` was meant as a percentage"
     if max_drop >= 1 and 0 <= dense <= 1 and metric not in _UNBOUNDED:
-        _warn_user(f'max_drop={max_drop:g} allows any loss, since {metric} is {dense:.4g}: max_drop is in units of the metric, 0.01 is one point.')
+        _warn_user(f'max_drop={max_drop:g} allows any loss, since {metric} is {dense:.4g}: max_drop is in units of the metric, '
+            '0.01 is one point.')
 
 # %% ../../nbs/core/search.ipynb #5ea7c40b
 def find(

@@ -116,7 +116,8 @@ def _uncopyable(model):
 
 def copy_with(
     model: nn.Module,                        # left unchanged
-    new: Mapping[nn.Module,nn.Module]|None=None, # layer of `model` -> what stands in its place in the copy, and gets its hooks and attributes
+    # layer of `model` -> what stands in its place in the copy, and gets its hooks and attributes
+    new: Mapping[nn.Module,nn.Module]|None=None,
 ) -> nn.Module:
     "A deep copy of `model` in which some modules are replaced, under all their names; shares nothing with it"
     new = dict(new or {})
@@ -127,7 +128,8 @@ def copy_with(
             if _astray(model, res, new) is not None: res = _copied(model, new, [m for m in model.modules() if _copies_itself(m)])
         except (TypeError, RuntimeError, pickle.PicklingError) as e:
             if (bad := _uncopyable(model)) is None: raise
-            raise TypeError(f'{bad[0]!r} of the model, a {bad[1]}, cannot be copied ({bad[2]}). Take it off for the call, or decompose with '
+            raise TypeError(f'{bad[0]!r} of the model, a {bad[1]}, cannot be copied ({bad[2]}). Take it off for the call, or '
+                f'decompose with '
                             'inplace=True, which copies nothing.') from e
     if (lost := _astray(model, res, new)) is not None:
         raise RuntimeError(f'the copy of {type(model).__name__} is not whole: {lost!r} was not replaced or is shared with the model. '

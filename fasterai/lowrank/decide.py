@@ -19,6 +19,7 @@ from ..core.modules import LinearSite, _warn_user, count_params, find_linears, s
 from .plan import DecompositionPlan, LayerPlan, _valid
 from .ranks import ParamBudget, mk_policy, round_rank
 from .solve import _check_finite, _digits, _solved
+from .svd import spectrum
 
 # %% ../../nbs/lowrank/decide.ipynb #a2ab3209
 @torch.no_grad()
@@ -34,8 +35,10 @@ def make_plan(
     spectra: bool = True,                   # compute spectra even where the policy does not need them, for the predicted errors?
     data=None,                              # calibration data or a `Calibration`; None for plain SVD
     n_batches: int|None = None,             # batches to look at, None for all
-    sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # weigh errors by their effect on the output of the model? 'auto': where the policy wants it
+    # weigh errors by their effect on the output of the model? 'auto': where the policy wants it
+    sensitivity: "bool|Literal['auto','full','diag']" = 'auto',
     loss: Callable|None = None,             # loss(output, *targets) for the sensitivity; None for random cotangents of the output
+    spare: bool = False,                    # keep `thin_layers` dense, instead of warning about them?
     quiet: bool = False,                    # no warnings about layers that grow or stay
 ) -> DecompositionPlan:
     "Decide about every fully-connected layer of `model`"
@@ -56,6 +59,7 @@ def make_plan(
     res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
         skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model),
         '; '.join(filter(None, [_notes(policy, chosen, stats if bases else {}), _unread(todo, data)])), stats.sensitivity, bases)
+    if spare: res = _spared(res, {s.name: s.weight for s in todo})
     if not quiet: _warn(res, stats, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
@@ -63,7 +67,8 @@ def make_plan(
 def _tried(model, sites, left_out, data):
     "`sites` with a reason for each layer that cannot be replaced, seen by running the model on the first batch; `data` as it was"
     todo = [s for s in sites if s.reason is None and s.name not in left_out]
-    if data is None or isinstance(data, Calibration) or not todo or world()[1] > 1 or any(p.is_meta for p in model.parameters()): return sites, data
+    if data is None or isinstance(data, Calibration) or not todo or world()[1] > 1 or any(p.is_meta for p in model.parameters()):
+        return sites, data
     run,data = first_batch(model, data)
     if run is None: return sites, data
     faults = swap_faults(model, [s for s in todo if not _check_finite(s)], run)
@@ -72,7 +77,8 @@ def _tried(model, sites, left_out, data):
 
 def _unread(sites, data):
     "A note about functions whose source is not there to be read"
-    names = sorted({s.reader.removesuffix(' (no source)') for s in sites if s.reader and s.reader.endswith('(no source)')}) if data is None else []
+    names = sorted({s.reader.removesuffix(' (no source)') for s in sites
+        if s.reader and s.reader.endswith('(no source)')}) if data is None else []
     return f'could not read {", ".join(names)}: pass data to have the result checked' if names else ''
 
 # %% ../../nbs/lowrank/decide.ipynb #2dabc3ee
@@ -84,7 +90,8 @@ def _statistics(model, data, sites, policy, n_batches, sensitivity, loss):
         if loss is not None or sensitivity in (True, 'full', 'diag'): raise ValueError('sensitivity and loss= need data: pass data= too.')
         return Calibration({})
     how = {True: 'full', 'auto': 'full' if policy.wants_sensitivity or loss is not None else None}.get(sensitivity, sensitivity or None)
-    if loss is not None and how is None: raise ValueError('loss= makes the sensitivity, which sensitivity=False leaves out. Pass only one of the two.')
+    if loss is not None and how is None:
+        raise ValueError('loss= makes the sensitivity, which sensitivity=False leaves out. Pass only one of the two.')
     if isinstance(data, Calibration): return _as_asked(data, how, sensitivity, n_batches, loss)
     args = (model, data, sites, n_batches)
     if sensitivity != 'auto' or loss is not None or how is None or isinstance(data, Iterator): return _collect(*args, how, loss)
@@ -96,7 +103,8 @@ def _statistics(model, data, sites, policy, n_batches, sensitivity, loss):
 def _as_asked(stats, how, sensitivity, n_batches, loss):
     "Statistics collected before, without the sensitivity where it is not wanted"
     if n_batches is not None or loss is not None: raise ValueError('data is a Calibration: n_batches and loss= are for collecting one.')
-    if sensitivity in (True, 'full', 'diag') and not (stats.sensitivity if how == 'full' and sensitivity is True else stats.sensitivity.startswith(how)):
+    if sensitivity in (True, 'full', 'diag') and not (stats.sensitivity if how == 'full' and sensitivity is True
+        else stats.sensitivity.startswith(how)):
         raise ValueError(f'sensitivity={sensitivity!r}, but the statistics hold {stats.sensitivity or "none"}. '
                          f'Collect them with calibrate(model, data, sensitivity={how!r}).')
     if how is not None and not stats.sensitivity:
@@ -106,8 +114,10 @@ def _as_asked(stats, how, sensitivity, n_batches, loss):
     return Calibration({n: replace(o, sens=None) for n,o in stats.items()}, batches=stats.batches, missing=stats.missing)
 
 def _notes(policy, rows, stats):
-    seen = stats and f'calibrated on {stats.batches} batch{"es"[:2*(stats.batches != 1)]}, {max(o.rows for o in stats.values()):,} row{"s"[:max(o.rows for o in stats.values()) != 1]}' + (f', sensitivity {stats.sensitivity}' if stats.sensitivity else '')
-    return '; '.join(o for o in (policy.note(rows), seen if stats else '') if o)
+    notes,most = [policy.note(rows)],max((o.rows for o in stats.values()), default=0)
+    if stats: notes.append(f'calibrated on {stats.batches} batch{"es"[:2*(stats.batches != 1)]}, {most:,} row{"s"[:most != 1]}'
+                           + (f', sensitivity {stats.sensitivity}' if stats.sensitivity else ''))
+    return '; '.join(filter(None, notes))
 
 # %% ../../nbs/lowrank/decide.ipynb #0a761f45
 def _left_out(model, sites, layers, exclude, policy):
@@ -129,7 +139,8 @@ def _left_out(model, sites, layers, exclude, policy):
 def _check_round_to(round_to, policy):
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f'round_to must be an int of at least 1, got {_short(round_to)}.')
-    if isinstance(policy, ParamBudget) and round_to != 1: raise ValueError(f'a budget chooses its own ranks: pass ParamBudget(…, round_to={round_to}).')
+    if isinstance(policy, ParamBudget) and round_to != 1:
+        raise ValueError(f'a budget chooses its own ranks: pass ParamBudget(…, round_to={round_to}).')
 
 # %% ../../nbs/lowrank/decide.ipynb #9344fdb5
 def _row_of(s: LinearSite, spec, st, basis):
@@ -170,7 +181,7 @@ def _rows_of(st): return f'{st.rows:,} row{"s"[:st.rows != 1]}' + (f' ({st.disti
 
 # %% ../../nbs/lowrank/decide.ipynb #5b1f0c12
 FEW     = 16    # a layer with at most this many inputs or outputs is thin: a rank is a large share of what it computes
-NEXT_TO = .05   # of the parameters of the model: what thin layers can save at most for the saving to be negligible
+NEXT_TO = .02   # of the parameters of the model: what thin layers can save at most for the saving to be negligible
 _LOSS   = .05   # relative error from which a layer loses much
 
 def negligible(
@@ -192,9 +203,22 @@ def thin_layers(
         res.append(o)
     return res
 
+def _spared(plan, weights):
+    "`plan` with its thin layers dense; their errors are computed first where the ranks did not need them"
+    todo = [o.name for o in plan.replaced if o.error is None and negligible(o, plan.params) and not weights[o.name].is_meta]
+    specs = {n: tuple(spectrum(weights[n]).tolist()) for n in todo}
+    known = replace(plan, layers=tuple(replace(o, spectrum=specs[o.name]) if o.name in specs else o for o in plan.layers))
+    def why(o):
+        lost,saved = 'much' if o.error is None else f'{o.error:.2g}',o.weight_params - o.params_after
+        return (f'kept dense: rank {o.rank} of {o.max_rank} would lose {lost} of the output and '
+                f'save {saved:,} parameters ({saved/plan.params:.1%})')
+    thin = {o.name: why(o) for o in thin_layers(known)}
+    return replace(plan, layers=tuple(replace(o, rank=None, reason=thin[o.name]) if o.name in thin else o for o in plan.layers))
+
 # %% ../../nbs/lowrank/decide.ipynb #9ec283d9
 def _warn(plan, stats, asked):
-    "Say what a user would not expect: layers that grow or lose much for little, few or bad data, nothing to do, a layer named by the user that has to stay"
+    """Say what a user would not expect: layers that grow or lose much for little, few or bad data, nothing to do, a layer named by
+    the user that has to stay"""
     grown = [o for o in plan.replaced if o.params_after > o.weight_params]
     if grown:
         some = ', '.join(o.name or '(the model)' for o in grown[:3]) + (', …' if len(grown) > 3 else '')
@@ -205,7 +229,8 @@ def _warn(plan, stats, asked):
     _warn_data(plan, stats)
     if not plan.replaced:
         why = '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in plan.skipped[:3]) or 'it has no fully-connected layer'
-        _warn_user(f'nothing to decompose ({why}).')
+        more = ' layers= decomposes a layer all the same.' if 'kept dense' in why else ''
+        _warn_user(f'nothing to decompose ({why}).{more}')
     elif (stuck := [o for o in plan.layers if not o.can and asked.intersection(o.names)]):
         _warn_user('asked for by name, but left dense: ' + '; '.join(f'{o.name} ({o.reason})' for o in stuck) + '.')
 
@@ -216,8 +241,9 @@ def _warn_thin(plan, asked, grown):
     if not rows: return
     some = ', '.join(f'{o.name or "(the model)"}: rank {o.rank} of {o.max_rank}' for o in rows[:3]) + (', …' if len(rows) > 3 else '')
     saved,names = sum(o.weight_params - o.params_after for o in rows),[o.name for o in rows]
-    _warn_user(f'{len(rows)} of {len(plan.replaced)} layers lose{"s" if len(rows) == 1 else ""} much to save {saved:,} parameters, {saved/plan.params:.1%} of the model '
-        f'({some}). To keep {"it" if len(rows) == 1 else "them"} dense use exclude={(names[0] if len(names) == 1 else names)!r}.')
+    _warn_user(f'{len(rows)} of {len(plan.replaced)} layers lose{"s" if len(rows) == 1 else ""} much to save {saved:,} parameters, '
+        f'{saved/plan.params:.1%} of the model ({some}). To keep {"it" if len(rows) == 1 else "them"} dense '
+        f'use exclude={(names[0] if len(names) == 1 else names)!r}.')
 
 def _warn_data(plan, stats):
     "Say where the data are too few, or not finite"
@@ -226,11 +252,14 @@ def _warn_data(plan, stats):
     if few:
         N,n = min(few)
         _warn_user(f'{len(few)} of {len(plan.replaced)} layers saw few rows of data for their width ({N:,} row{"s"[:N != 1]}'
-            f'{" that differ" if any(st.distinct for _,st in seen if st.few) else ""} for {n:,} inputs): their pairs are close to plain SVD. Pass more batches.')
+            f'{" that differ" if any(st.distinct for _,st in seen if st.few) else ""} for {n:,} inputs): their pairs are '
+            'close to plain SVD. Pass more batches.')
     bad = max(((st.dropped + st.lost, st.rows + st.dropped) for _,st in seen), default=(0, 0))
     if bad[0]: _warn_user(f'{_not_finite(*bad)}: the data have NaN or Inf there, or the model overflows on them.')
     none = [n for n,why in stats.missing.items() if 'finite' in why]
-    if none: _warn_user(f'{len(none)} layers got no finite row of data and have plain SVD: {", ".join(none[:3])}{", …" if len(none) > 3 else ""}.')
+    if none:
+        _warn_user(f'{len(none)} layers got no finite row of data and have plain SVD: '
+            f'{", ".join(none[:3])}{", …" if len(none) > 3 else ""}.')
 
 # %% ../../nbs/lowrank/decide.ipynb #a202b156
 def plot_spectra(

@@ -20,10 +20,9 @@ from ..core.batches import left_as_found
 from ..core.modules import _warn_user, is_pair
 from ..misc.fc_decomposer import FC_Decomposer
 from ..core.calibrate import Calibration
-from .factorize import spectrum
 from ..core.latency import LatencyTable
 from .decide import make_plan
-from .plan import DecompositionPlan, LayerPlan
+from .plan import DecompositionPlan
 from .ranks import FixedRank, Policy, RankRatio, mk_policy
 from .search import RATIOS, RankSuggestion, rank_find
 from ..core.learner import _Kept, _check_now, _decomposed, _dense_of, _kept, _running, _swap
@@ -35,7 +34,8 @@ class _Unset:
 _UNSET = _Unset()
 
 # %% ../../nbs/lowrank/learner.ipynb #f63d70bf
-_PLACES = dict(plan=(DecompositionPlan, RankSuggestion), policy=(Policy,), data=(Calibration, DataLoaders, DataLoader, torch.utils.data.DataLoader))
+_PLACES = dict(plan=(DecompositionPlan, RankSuggestion), policy=(Policy,),
+    data=(Calibration, DataLoaders, DataLoader, torch.utils.data.DataLoader))
 
 def _check_places(**args):
     "Raise where an argument was given what belongs to another one"
@@ -51,34 +51,13 @@ def _given_plan(plan, others):
     "The plan in `plan`, which may be a `RankSuggestion`"
     plan = getattr(plan, 'plan', plan)
     if plan is None: raise ValueError('plan is None: rank_find found no budget that keeps the metric. Raise max_drop, or pass a policy.')
-    if isinstance(plan, str): raise TypeError('plan must be a DecompositionPlan, got a str: DecompositionPlan.load(path) reads one from a file.')
-    if not isinstance(plan, DecompositionPlan): raise TypeError(f'plan must be a DecompositionPlan or what rank_find returned, got {type(plan).__name__}.')
-    if others: raise ValueError('a plan says which layers get which ranks: pass it without rank_ratio, policy, layers, exclude and the like.')
+    if isinstance(plan, str):
+        raise TypeError('plan must be a DecompositionPlan, got a str: DecompositionPlan.load(path) reads one from a file.')
+    if not isinstance(plan, DecompositionPlan):
+        raise TypeError(f'plan must be a DecompositionPlan or what rank_find returned, got {type(plan).__name__}.')
+    if others:
+        raise ValueError('a plan says which layers get which ranks: pass it without rank_ratio, policy, layers, exclude and the like.')
     return plan
-
-# %% ../../nbs/lowrank/learner.ipynb #32f7abe5
-def _negligible(row: LayerPlan, params: int) -> bool:
-    "Would this layer lose over a tenth of its output to save less than 1 % of `params`?"
-    return row.rank is not None and row.error is not None and row.error > .1 and row.weight_params - row.params_after < .01*params
-
-def _saved(row): return row.weight_params - row.params_after
-
-def _spared(plan, model, quiet=False):
-    "`plan` with those layers dense whose saving is negligible, for their error; all together may save 2 % of the model"
-    mods,rows,room = dict(model.named_modules()),{},.02*plan.params
-    for o in plan.replaced:     # plain SVD of small layers: their errors were not needed for the ranks
-        small = o.error is None and o.max_rank <= 256 and not mods[o.name].weight.is_meta
-        rows[o.name] = replace(o, spectrum=tuple(spectrum(mods[o.name].weight.detach()).tolist())) if small else o
-    for o in sorted(rows.values(), key=lambda o: -(o.error or 0)/max(1, _saved(o))):
-        if not _negligible(o, plan.params) or _saved(o) > room: continue
-        room -= max(0, _saved(o))
-        rows[o.name] = replace(o, rank=None, reason=f'kept dense: rank {o.rank} of {o.max_rank} would lose {o.error:.2g} of the output '
-                               f'and save {_saved(o):,} parameters ({_saved(o)/plan.params:.1%})')
-    res = replace(plan, layers=tuple(rows[o.name] if o.rank and rows[o.name].rank is None else o for o in plan.layers))
-    if plan.replaced and not res.replaced and not quiet:
-        why = '; '.join(f'{o.name}: {o.reason}' for o in res.layers[:3])
-        _warn_user(f'nothing to decompose ({why}). layers= decomposes a layer all the same.')
-    return res
 
 # %% ../../nbs/lowrank/learner.ipynb #7c2f0e97
 @patch
@@ -86,9 +65,10 @@ def decompose(self:Learner,
     rank_ratio: float = 0.5,                # share of singular values to keep, in (0, 1]
     *,
     policy: 'Policy|float|int|Mapping|None' = None, # in place of `rank_ratio`: a policy, a rank, {name: policy}
-    plan: 'DecompositionPlan|RankSuggestion' = _UNSET, # in place of all that chooses layers and ranks: a plan, or what `rank_find` found
+    # a plan or the result of `rank_find`, in place of the arguments that choose layers and ranks
+    plan: 'DecompositionPlan|RankSuggestion' = _UNSET,
     data=None,                              # calibration data or a `Calibration`; None for the training set of `dls`
-    calibrated: bool = True,                # False: plain SVD, without looking at data
+    calibrated: bool = True,                # False: plain SVD, without data
     n_batches: int|None = None,             # batches to look at, None for all
     sensitivity: "bool|Literal['auto','full','diag']" = 'auto', # weigh errors by their effect on the output? 'auto': for a budget
     layers: str|Iterable[str]|None = None,  # only these layers: names, containers, wildcards
@@ -97,7 +77,8 @@ def decompose(self:Learner,
     round_to: int = 1,                      # ranks in multiples of this
     types: Iterable[type] = (),             # subclasses of nn.Linear to treat as nn.Linear
 ) -> Learner:                               # itself
-    "Replace the model by its decomposed form and drop the optimizer (in a running fit: make a new one); `undecompose` goes back"
+    """Replace the model by its decomposed copy and drop the optimizer (in a running fit: make a new one); `undecompose` restores the
+    dense model"""
     _check_places(rank_ratio=rank_ratio, policy=policy, plan=plan, data=data)
     _check_now(self, 'decompose')
     given = plan is not _UNSET
@@ -110,9 +91,9 @@ def decompose(self:Learner,
         if not given:
             data = (self.dls if data is None else data) if calibrated else None
             policy = RankRatio(rank_ratio) if policy is None else policy
-            plan = make_plan(self.model, policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude,
-                             skip_unprofitable=skip_unprofitable, round_to=round_to, types=types, quiet=_decomposed(self))
-            if layers is None and isinstance(mk_policy(policy), (RankRatio, FixedRank)): plan = _spared(plan, self.model, _decomposed(self))
+            plan = make_plan(self.model, policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers,
+                             exclude=exclude, skip_unprofitable=skip_unprofitable, round_to=round_to, types=types, quiet=_decomposed(self),
+                             spare=layers is None and isinstance(mk_policy(policy), (RankRatio, FixedRank)))
         elif data is None and any(o.calibrated and o.name not in plan.bases for o in plan.replaced): data = self.dls    # a plan from a file
         if _stays(self, plan): return self
         small = plan.apply(self.model, data=data if given else None, n_batches=n_batches if given else None)
@@ -124,7 +105,8 @@ def _in_place(learn, plan):
     mods = dict(learn.model.named_modules())
     ranks = {o.name: mods[o.name][0].out_features for o in plan.replaced if o.name in mods and is_pair(mods[o.name])}
     if not ranks: return False
-    back = ' learn.undecompose() goes back to the dense model' if _dense_of(learn) is not None else ' A decomposed model is not decomposed again'
+    back = (' learn.undecompose() goes back to the dense model' if _dense_of(learn) is not None
+        else ' A decomposed model is not decomposed again')
     if (other := [n for n,k in ranks.items() if plan[n].rank != k] or [o.name for o in plan.replaced if o.name not in ranks]):
         raise ValueError(f'this Learner is decomposed already, by another plan (see {other[0]!r}). Nothing was changed.{back}.')
     _warn_user(f'this Learner is decomposed by this plan already: nothing was changed.{back}.')
@@ -150,7 +132,7 @@ def plans(self:Learner) -> list[DecompositionPlan]:
 # %% ../../nbs/lowrank/learner.ipynb #27aff599
 @patch
 def undecompose(self:Learner) -> Learner: # itself
-    "Put the dense model back, as it was before the first `decompose`; the optimizer is dropped, or made anew in a running fit"
+    "Restore the dense model, as it was before the first `decompose`; the optimizer is dropped, or made anew in a running fit"
     if not _decomposed(self): raise ValueError('nothing to undo: this Learner was not decomposed, or is dense again.')
     if _dense_of(self) is None: raise ValueError('an exported Learner holds no dense model to go back to, and neither does a copy.')
     _check_now(self, 'undecompose')
@@ -162,10 +144,11 @@ def uncompress(self:Learner) -> Learner: # itself
     return self.undecompose()
 
 # %% ../../nbs/lowrank/learner.ipynb #2187e93d
-_LOWER = frozenset('''valid_loss loss error_rate rmse _rmse exp_rmspe _exp_rmspe mse mae msle perplexity hamming_loss brier_score_loss'''.split())
-_HIGHER = frozenset('''accuracy accuracy_multi top_k_accuracy foreground_acc average_precision_score balanced_accuracy_score cohen_kappa_score
-    f1_score fbeta_score jaccard_score precision_score recall_score roc_auc_score matthews_corrcoef explained_variance_score r2_score pearsonr
-    spearmanr dice dice_multi jaccard_coeff jaccard_coeff_multi corpus_bleu'''.split())
+_LOWER = frozenset('''valid_loss loss error_rate rmse _rmse exp_rmspe _exp_rmspe mse mae msle perplexity hamming_loss
+    brier_score_loss'''.split())
+_HIGHER = frozenset('''accuracy accuracy_multi top_k_accuracy foreground_acc average_precision_score balanced_accuracy_score
+    cohen_kappa_score f1_score fbeta_score jaccard_score precision_score recall_score roc_auc_score matthews_corrcoef explained_variance_score
+    r2_score pearsonr spearmanr dice dice_multi jaccard_coeff jaccard_coeff_multi corpus_bleu'''.split())
 
 def _direction(name, higher_is_better):
     if higher_is_better is not None: return higher_is_better
@@ -189,7 +172,8 @@ def _metric_index(learn, metric):
 @contextmanager
 def _with_model(learn, model):
     "`model` in the place of the Learner's, whose model, record and random state are as before at the end"
-    before,recs = learn.model,{k: list(v) for k in ('values','iters','losses','lrs') if isinstance(v := getattr(learn.recorder, k, None), list)} \
+    before,recs = learn.model,{k: list(v) for k in ('values','iters','losses','lrs')
+        if isinstance(v := getattr(learn.recorder, k, None), list)} \
         if hasattr(learn, 'recorder') else {}
     with left_as_found(before):
         try:
@@ -203,11 +187,14 @@ def _with_model(learn, model):
 def _check_search(learn):
     "Raise where the Learner cannot validate now, or has nothing to decompose"
     if _running(learn, 'fit') or learn.lock.locked():
-        raise RuntimeError('learn.rank_find validates the model many times, which cannot be done while fit, validate or get_preds runs: call it afterwards.')
+        raise RuntimeError('learn.rank_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
+            'call it afterwards.')
     if not _decomposed(learn): return
     if not _left(learn):
-        raise ValueError('this Learner is decomposed already, and no layer is left: call learn.undecompose() first, then learn.rank_find().')
-    _warn_user('this Learner is decomposed already: rank_find compares with the model as it is, and tries only layers that are still dense. '
+        raise ValueError('this Learner is decomposed already, and no layer is left: call learn.undecompose() first, '
+            'then learn.rank_find().')
+    _warn_user('this Learner is decomposed already: rank_find compares with the model as it is, and tries only layers that are still '
+        'dense. '
                'learn.undecompose() goes back to the dense model first.')
 
 # %% ../../nbs/lowrank/learner.ipynb #945e5eeb
@@ -215,7 +202,8 @@ def _check_search(learn):
 def rank_find(self:Learner, 
     max_drop: float = 0.01,                 # loss that is still good, in units of the metric: 0.01 is one point of accuracy
     *,
-    metric: 'str|Callable|None' = None,     # name or function of one of the Learner's metrics; None for the first, or the loss if there is none
+    # name or function of one of the Learner's metrics; None for the first, or the loss if there is none
+    metric: 'str|Callable|None' = None,
     higher_is_better: bool|None = None,     # None: known for the metrics of fastai
     data=None,                              # calibration data or a `Calibration`; None for the training set of `dls`
     show_plot: bool = True,
@@ -236,6 +224,7 @@ def rank_find(self:Learner,
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]
     res = rank_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, metric=name, ratios=ratios, refine=refine,
-        cost=cost, round_to=round_to, higher_is_better=_direction(name, higher_is_better), n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types)
+        cost=cost, round_to=round_to, higher_is_better=_direction(name, higher_is_better), n_batches=n_batches, sensitivity=sensitivity,
+        layers=layers, exclude=exclude, types=types)
     if show_plot: res.plot()
     return res

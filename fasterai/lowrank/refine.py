@@ -76,8 +76,10 @@ def refine(
     pairs = [(n, m) for n,m in res.named_modules() if is_pair(m) and isinstance(layers.get(n), nn.Module) and not is_pair(layers[n])]
     if not pairs: raise ValueError('model has no pair in the place of a layer of dense.')
     for n,m in pairs:
-        if (sizes := [getattr(layers[n], k, None) for k in ('in_features','out_features')]) != [m[0].in_features, m[1].out_features] and None not in sizes:
-            raise ValueError(f'{n!r} has {m[0].in_features} inputs and {m[1].out_features} outputs in model, {sizes[0]} and {sizes[1]} in dense.')
+        sizes = [getattr(layers[n], k, None) for k in ('in_features','out_features')]
+        if sizes != [m[0].in_features, m[1].out_features] and None not in sizes:
+            raise ValueError(f'{n!r} has {m[0].in_features} inputs and {m[1].out_features} outputs in model, '
+                f'{sizes[0]} and {sizes[1]} in dense.')
     calls,unseen = _calls(res, data, n_batches),[]
     best = None
     for name,pair in _Bar(pairs, 'refine'):

@@ -61,10 +61,12 @@ def rank_find(
     check_search(max_drop, ratios, refine)
     for r in ratios: budget(r)                      # wrong ones show before the work begins
     dense = float(evaluate(model))
-    plan = make_plan(model, budget(1.), data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types, quiet=True)
+    plan = make_plan(model, budget(1.), data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude,
+        types=types, quiet=True)
     if not any(o.can and o.asked for o in plan.layers):
         raise ValueError('nothing to decompose' + ''.join(f'; {o.name}: {o.reason}' for o in plan.layers[:3]) + '.')
-    if (planned := _planner(plan, budget))(max(ratios)) is None: plan.replan(budget(max(ratios)))     # raises: not even the largest is enough
-    return find(model, planned, evaluate, dense, max_drop=max_drop, higher_is_better=higher_is_better, metric=metric, ratios=ratios, refine=refine,
-        verb='rank_find', kind=RankSuggestion, tight=_tight(planned, round_to),
+    if (planned := _planner(plan, budget))(max(ratios)) is None:
+        plan.replan(budget(max(ratios)))     # raises: not even the largest is enough
+    return find(model, planned, evaluate, dense, max_drop=max_drop, higher_is_better=higher_is_better, metric=metric, ratios=ratios,
+        refine=refine, verb='rank_find', kind=RankSuggestion, tight=_tight(planned, round_to),
         size=(lambda p: p.params_after) if cost == 'params' else (lambda p: tuple(o.rank for o in p.layers)))

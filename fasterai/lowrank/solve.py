@@ -12,7 +12,8 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 from ..core.distributed import agreed, balanced, shared, world
 from ..core.modules import _warn_user, mk_pair
-from .factorize import Basis, factorize, shifted_bias, spectrum
+from .factorize import Basis, factorize, shifted_bias
+from .svd import spectrum
 
 # %% ../../nbs/lowrank/solve.ipynb #9553b700
 _BAR_FROM = 2e10  # multiply-adds of factorization, about two seconds on two cores
@@ -59,8 +60,9 @@ def _spectrum(s):
 def _basis(s, stats):
     "Calibrated basis of layer `s`, without its weight"
     r,shape = min(s.weight.shape),(len(stats.mean), len(stats.cov))
-    if shape != (s.in_features, r): raise ValueError(f'the statistics of {s.name!r} are those of a layer with {shape[0]} inputs and smaller side {shape[1]}, '
-        f'the model has Linear({s.in_features}→{s.out_features}). Were they collected on another model?')
+    if shape != (s.in_features, r):
+        raise ValueError(f'the statistics of {s.name!r} are those of a layer with {shape[0]} inputs and smaller side {shape[1]}, '
+            f'the model has Linear({s.in_features}→{s.out_features}). Were they collected on another model?')
     try: return replace(factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None), W=None)
     except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
 
@@ -69,7 +71,8 @@ def _packed(b): return b if b is None else {f.name: getattr(b, f.name) for f in 
 def _unpacked(s, o): return o if o is None else Basis(**o | dict(S=o['S'].cpu()))
 
 def _solved(sites, stats, want, keep):
-    "Bases of the layers that `stats` speaks of, and spectra of all, or with `want=False` of these; with `keep=False` covariances go once used"
+    """Bases of the layers that `stats` speaks of, and spectra of all, or with `want=False` of these; with `keep=False` covariances
+    go once used"""
     bases,specs = {},{}
     def solve(s):
         b = _basis(s, stats[s.name])

@@ -14,7 +14,7 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _short
-from ..lowrank.factorize import Solver
+from ..lowrank.svd import Solver
 from ..lowrank.decide import make_plan
 from ..lowrank.plan import DecompositionPlan
 from ..lowrank.ranks import Policy, RankRatio, mk_policy
@@ -23,7 +23,8 @@ from ..lowrank.ranks import Policy, RankRatio, mk_policy
 def _misplaced(x) -> str|None:
     "Where `x` goes, if it is no setting but a model, data or a plan"
     if isinstance(x, nn.Module): return 'A model goes to the method: FC_Decomposer(0.5).decompose(model).'
-    if isinstance(getattr(x, 'model', None), nn.Module): return 'With a Learner use learn.decompose(0.5), or FC_Decomposer(0.5).decompose(learn.model, learn.dls).'
+    if isinstance(getattr(x, 'model', None), nn.Module):
+        return 'With a Learner use learn.decompose(0.5), or FC_Decomposer(0.5).decompose(learn.model, learn.dls).'
     if isinstance(x, DataLoaders) or hasattr(x, 'dataset'): return 'Data go to the method: FC_Decomposer(0.5).decompose(model, data).'
     if isinstance(x, DecompositionPlan): return 'A plan needs no FC_Decomposer: plan.apply(model).'
     if isinstance(x, type) and issubclass(x, Policy): return f'Pass an instance of the policy, such as {x.__name__}(0.5).'
@@ -37,7 +38,9 @@ def _names(x, arg):
     "Names of layers in a form that serves more than one call"
     res = tuple(x) if isinstance(x, Iterable) and not isinstance(x, (str, nn.Module)) else x
     for o in res if isinstance(res, tuple) else (res,):
-        if isinstance(o, nn.Module): raise TypeError(f"{arg} takes names of layers, got {_short(o)}, a module. Pass its name in model.named_modules(), such as 'head.0'.")
+        if isinstance(o, nn.Module):
+            raise TypeError(f"{arg} takes names of layers, got {_short(o)}, a module. Pass its name in model.named_modules(), "
+                "such as 'head.0'.")
     return res
 
 def _classes(x):
@@ -53,7 +56,8 @@ class FC_Decomposer:
     def __init__(self, 
         rank_ratio: float = 0.5,                       # share of singular values to keep, in (0, 1]
         *,
-        policy: 'Policy|float|int|Mapping|None' = None,# in place of `rank_ratio`: a policy, a share (1.0), a rank (1 is rank one), {name: policy}
+        # in place of `rank_ratio`: a policy, a share (1.0), a rank (1 is rank one), {name: policy}
+        policy: 'Policy|float|int|Mapping|None' = None,
         layers: str|Iterable[str]|None = None,         # only these layers: names, containers, wildcards; None for all
         exclude: str|Iterable[str]|None = None,        # all but these
         skip_unprofitable: bool = False,               # keep a layer dense where its pair would not be smaller?
@@ -81,12 +85,14 @@ def _on_instance(f):
     @wraps(f)
     def g(self, *args, **kw):
         if isinstance(self, FC_Decomposer): return f(self, *args, **kw)
-        raise TypeError(f'{f.__name__} is called on an instance: FC_Decomposer(0.5).{f.__name__}(model), got {_short(self)} in place of FC_Decomposer(0.5).')
+        raise TypeError(f'{f.__name__} is called on an instance: FC_Decomposer(0.5).{f.__name__}(model), got {_short(self)} '
+            'in place of FC_Decomposer(0.5).')
     return g
 
 def _check_model(model, data):
     if isinstance(data, nn.Module) and not isinstance(model, nn.Module):
-        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}, and data is the model: pass the model first, then data.')
+        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}, and data is the model: '
+            'pass the model first, then data.')
 
 # %% ../../nbs/misc/fc_decomposer.ipynb #ae77b978
 @patch
