@@ -123,7 +123,8 @@ def _finish(col, batches, inputs=None):
             continue
         H,h,lam = _sens(col, s)
         cov = out.cov()
-        if s.in_features == s.out_features and name not in col.outputs: cov = _double(s.weight) @ cov @ _double(s.weight).T    # of the outputs, from that of the inputs
+        if s.in_features == s.out_features and name not in col.outputs:     # of the outputs, from that of the inputs
+            cov = _double(s.weight) @ cov @ _double(s.weight).T
         lost = max(0, col.grads[name][1] - col.grads[name][0] - col.dropped[name])
         res[name] = LayerStats(x.n, x.mean(), cov, x.trace(), x.shrinkage(), col.dropped[name], x.n/max(1, col.items), H, h, lam, x.distinct(), lost)
         col.outputs.pop(name, None)     # sums are large: free what has been used
@@ -174,7 +175,8 @@ def save(self:Calibration,
     "Write the statistics as safetensors"
     tensors = {f'{n}/{k}': t.contiguous().clone() for n,o in self.items() for k in ('mean','cov','sens') if (t := getattr(o, k)) is not None}
     rows = {n: {f.name: v for f in fields(o) if not isinstance(v := getattr(o, f.name), torch.Tensor)} for n,o in self.items()}
-    meta = dict(type=_TYPE, version=_VERSION, layers=json.dumps(rows), missing=json.dumps(self.missing), batches=str(self.batches), sensitivity=self.sensitivity)
+    meta = dict(type=_TYPE, version=_VERSION, layers=json.dumps(rows), missing=json.dumps(self.missing), batches=str(self.batches),
+                sensitivity=self.sensitivity)
     if self.inputs is not None:
         more,meta['inputs'] = self.inputs._packed()
         tensors |= {f'inputs/{k}': t for k,t in more.items()}

@@ -126,7 +126,8 @@ class _Job:
     "One call of `decompose_checkpoint`: everything that is known before something is written"
     def __init__(self, src, dst, policy, model, layers, exclude, types, device, overwrite):
         self.policy,self.overwrite,self.ck = policy,overwrite,_open(src)
-        if _is_store(src) or any(_PLAN in m for m in self.ck.metas.values()): raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
+        if _is_store(src) or any(_PLAN in m for m in self.ck.metas.values()):
+            raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
         dst,self.single = _written_to(src, dst, self.ck, overwrite)
         self.run,self.device,(self.net,self.seen,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
         self.sites,self.keys,self.why = _sites(self.net, self.seen, types)
@@ -208,7 +209,7 @@ def _with_pairs(rename, plan, names):
 # %% ../../nbs/lowrank/checkpoint.ipynb #a5852243
 def load_decomposed(
     model: nn.Module|Callable[[],nn.Module]|None,   # function that builds the dense model, a dense model, or None where config.json says it
-    path: str|os.PathLike,                          # written by `decompose_checkpoint` or `save_compressed`, or a decomposed model with its plan as plan.json beside it
+    path: str|os.PathLike, # by `decompose_checkpoint`, `save_compressed`, or a decomposed model with plan.json beside it
     *,
     device: torch.device|str|None = None,           # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                     # a new model, in the mode (training or not) of the dense one, dtypes from the file
