@@ -200,7 +200,8 @@ def _watch(model, data, col, n_batches=None, loss=None, progress='calibrate') ->
     n,place = 0,world()
     with agreed():
         offloaded = any('_hf_hook' in m.__dict__ for m in model.modules())      # accelerate brings the weights when it runs
-        if any(p.is_meta for p in model.parameters()) and not offloaded: raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
+        if any(p.is_meta for p in model.parameters()) and not offloaded:
+            raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
         runs = run_batches(model, data, n_batches=n_batches, grad=bool(col.sensitivity), progress=None if place[0] else progress, place=place)
         with torch.inference_mode(False), _hooked(model, col), closing(runs):
             for z,targets in runs:
