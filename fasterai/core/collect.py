@@ -208,8 +208,10 @@ def _watch(model, data, col, n_batches=None, loss=None, progress='calibrate') ->
     "Run `model` over `data` before the eyes of `col`, whose sums are then those of all ranks; the number of batches"
     n,place = 0,world()
     with agreed():
-        if any(p.is_meta for p in model.parameters()) and not any('_hf_hook' in m.__dict__ for m in model.modules()): raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
-        runs = run_batches(model, data, n_batches=n_batches, grad=bool(col.sensitivity), progress=None if place[0] else progress, place=place)
+        if any(p.is_meta for p in model.parameters()) and not any('_hf_hook' in m.__dict__ for m in model.modules()):
+            raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
+        bar = None if place[0] else progress
+        runs = run_batches(model, data, n_batches=n_batches, grad=bool(col.sensitivity), progress=bar, place=place)
         with torch.inference_mode(False), _hooked(model, col), closing(runs):
             for z,targets in runs:
                 n += 1
