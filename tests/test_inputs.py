@@ -540,6 +540,7 @@ def test_shared_tensors_are_in_the_file_once(tmp_path):
 def test_several_processes(tmp_path):
     code = '''
         from fasterai.core.inputs import collect_inputs
+        from fasterai.core.calibrate import calibrate
         class Conv(Net):
             def __init__(self):
                 super().__init__()
@@ -557,12 +558,21 @@ def test_several_processes(tmp_path):
         got = collect_inputs(m, bs[rank::size], **kw)
         assert list(got) == list(want) and got.batches == want.batches == 7 and got.missing == want.missing
         assert got['conv'].sizes == (12,)*3 and got['down'].sizes == (9, 9, 9, 9, 4), (got['conv'].sizes, got['down'].sizes)
-        for a,b in [(got[n], want[n]) for n in want] + [(got.outputs[n], want.outputs[n]) for n in want.outputs]:
+        both = calibrate(m, bs[rank::size], inputs=True, patches=True, outputs='full')
+        plain = calibrate(m, bs[rank::size])
+        assert list(both) == list(plain) and all(torch.equal(both[n].cov, plain[n].cov) for n in plain)
+        same = calibrate(m, bs[rank::size], inputs=True, sensitivity='full').inputs.sens
+        kw.pop('block')
+        wide = collect_inputs(m, bs[rank::size], **kw)
+        pairs = [(both.inputs[n], wide[n]) for n in wide] + [(both.inputs.outputs[n], wide.outputs[n]) for n in wide.outputs]
+        for a,b in pairs + [(got[n], want[n]) for n in want] + [(got.outputs[n], want.outputs[n]) for n in want.outputs]:
             assert a.rows == b.rows
             torch.testing.assert_close(a.cov, b.cov, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(a.mean, b.mean, rtol=1e-9, atol=1e-9)
             assert abs(a.shrink - b.shrink) < 1e-9
         H = collect_inputs(m, bs[rank::size], sensitivity='full').sens
+        assert list(H) == list(same)
+        for n in H: torch.testing.assert_close(same[n], H[n], rtol=1e-9, atol=1e-9)
         torch.save(H, out/f'{rank}.pt')
     '''
     res = run(code, tmp_path, 2)

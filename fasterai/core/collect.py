@@ -90,7 +90,7 @@ def probe(self:_Collector, s, y):
 @patch
 def backward(self:_Collector, zs, vs=None, scaled=True):
     "Add the gradients of the sum of all `z*v` at every layer to its H; are they in the unit of H?"
-    edges = [(c, *o) for c in self.all for o in c.edges]
+    edges = [(c, *o) for c in self.all for o in c.edges if c is self or not self._serves(o[0])]
     for c in self.all: c.replay = True      # checkpointed parts run again now, which is not to be counted
     try: gs = torch.autograd.grad(zs, [o[2] for o in edges], vs, allow_unused=True) if edges else ()
     finally:
@@ -101,6 +101,19 @@ def backward(self:_Collector, zs, vs=None, scaled=True):
         g = g if (fine := _fine(g)) is None else g[fine]
         c._add_grad(s, g, scaled)
         c.grads[s.name] = [a + b for a,b in zip(c.grads[s.name], (len(g), total))]
+
+@patch
+def _serves(self:_Collector, s):
+    "Is the H here that of the outputs of layer `s`, so that a further collector need not sum it again?"
+    return s.name in self.sites and not (self.smaller and s.out_features > s.in_features)
+
+@patch
+def _take(self:_Collector, col):
+    "What `col` has found in the same pass"
+    self.z,self.nz,self.items,self.probes = col.z,col.nz,col.items,col.probes
+    served = {n for n,s in self.sites.items() if col._serves(s)}
+    self.grads |= {n: col.grads[n] for n in served}
+    self.sens |= {k: g for k,g in col.sens.items() if k[0] in served}
 
 # %% ../../nbs/core/collect.ipynb #e709c631
 class _Gradients:
@@ -199,10 +212,10 @@ def _watch(model, data, col, n_batches=None, loss=None, progress='calibrate') ->
     "Run `model` over `data` before the eyes of `col`, whose sums are then those of all ranks; the number of batches"
     n,place = 0,world()
     with agreed():
-        offloaded = any('_hf_hook' in m.__dict__ for m in model.modules())      # accelerate brings the weights when it runs
-        if any(p.is_meta for p in model.parameters()) and not offloaded:
+        if any(p.is_meta for p in model.parameters()) and not any('_hf_hook' in m.__dict__ for m in model.modules()):
             raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
-        runs = run_batches(model, data, n_batches=n_batches, grad=bool(col.sensitivity), progress=None if place[0] else progress, place=place)
+        bar = None if place[0] else progress
+        runs = run_batches(model, data, n_batches=n_batches, grad=bool(col.sensitivity), progress=bar, place=place)
         with torch.inference_mode(False), _hooked(model, col), closing(runs):
             for z,targets in runs:
                 n += 1
@@ -213,7 +226,7 @@ def _watch(model, data, col, n_batches=None, loss=None, progress='calibrate') ->
         for c in col.all: c.commit()
     if not (n := sum(gathered(n))): raise ValueError('data has no batches.')
     for c in col.all: c.pool()
-    for c in col.all[1:]: c.z,c.nz,c.items,c.probes = col.z,col.nz,col.items,col.probes
+    for c in col.extra: c._take(col)
     return n
 
 # %% ../../nbs/core/collect.ipynb #9218b26d

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from scipy.linalg.blas import get_blas_funcs
 from threadpoolctl import ThreadpoolController
 from .modules import _double
-from .sums import _exact_products, _Moments, _oas
+from .sums import _exact_products, _Moments, _oas, _square
 
 # %% ../../nbs/core/moments.ipynb #f06265c8
 BLOCK = 2048        # features in one block of a covariance; layers with up to twice as many keep all of it
@@ -140,6 +140,8 @@ def result(self:_Blocks, kind, groups=1) -> Moments:
     self.flush()
     N,mu,G,self.G,different = self.n,self.sum/self.n,self.G.div_(self.n),None,self.distinct()
     if max(self.sizes) == 1: return Moments(N, self.mean(), G.sub_(mu*mu).clamp_(min=0), self.sizes, 1., kind, groups, distinct=different)
-    for C,m in zip(_views(G, self.sizes), mu.split(self.sizes)): C.copy_(C.triu() + C.triu(1).T).sub_(torch.outer(m, m))
-    blocks = [(len(C), float(C.trace()), float(C.square().sum())) for C in _views(G, self.sizes)]
+    for C,m in zip(_views(G, self.sizes), mu.split(self.sizes)):
+        C.copy_(U := C.triu()).add_(U.T).diagonal().mul_(.5)
+        C.addr_(m, m, alpha=-1)
+    blocks = [(len(C), float(C.trace()), float(_square(C))) for C in _views(G, self.sizes)]
     return Moments(N, self.mean(), G, self.sizes, _oas(blocks, (different or N) - 1), kind, groups, distinct=different)
