@@ -88,14 +88,11 @@ def test_only_rooms_for_learners_import_the_learner():
         text = p.read_text(encoding='utf-8')
         if re.search(r'^from fastai\.(learner|vision\.all|basics|callback\.\w+) import', text, re.M): assert p.stem in rooms, dotted(p)
 
-LARGER = {'fasterai.core.calibrate': (610, 210), 'fasterai.core.learner': (330, 165)}     # still to be divided
-
 @pytest.mark.parametrize('path', generated, ids=dotted)
 def test_rooms_are_small(path):
     "A room that is longer holds two things; so does a line"
     lines = path.read_text(encoding='utf-8').splitlines()
-    most,width = LARGER.get(dotted(path), (330, 160))
-    assert len(lines) <= most and not [f'{i}: {len(l)}' for i,l in enumerate(lines, 1) if len(l) > width]
+    assert len(lines) <= 300 and not [f'{i}: {len(l)}' for i,l in enumerate(lines, 1) if len(l) > 160]
 
 @pytest.mark.parametrize('path', modules, ids=dotted)
 def test_library_code(path):

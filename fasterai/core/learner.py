@@ -74,7 +74,8 @@ def _check_groups(learn, groups, built=False):
         raise ValueError(f'opt_func gives an optimizer of {n} parameters that are not in the model of this Learner, so it would train another model. '
                          'Pass a function that builds one for the parameters it is given: learn.opt_func = partial(OptimWrapper, opt=torch.optim.SGD).')
     name = getattr(learn.splitter, '__name__', type(learn.splitter).__name__)
-    if n: raise ValueError(f'the splitter {name!r} returns {n} parameters that are not in the model of this Learner, so the optimizer would train another model. '
+    if n: raise ValueError(f'the splitter {name!r} returns {n} parameters that are not in the model of this Learner, so the optimizer would train '
+                     'another model. '
                            'Let it take them from its argument: learn.splitter = lambda m: [list(m[0].parameters()), list(m[1:].parameters())].')
 
 def _planned_groups(learn):
@@ -120,7 +121,8 @@ def _continue(learn, old):
             for k in [k for k,f in hooks.items() if isinstance(getattr(f, '__self__', None), Hook)]: del hooks[k]
     learn.create_opt()
     if len(old.hypers) != len(learn.opt.hypers):
-        raise RuntimeError(f'the splitter makes {len(learn.opt.hypers)} parameter groups of the model after learn.decompose, and made {len(old.hypers)} before: '
+        raise RuntimeError(f'the splitter makes {len(learn.opt.hypers)} parameter groups of the model after learn.decompose, and made '
+            f'{len(old.hypers)} before: '
                            'learning rates cannot be carried over. Decompose between two fits.')
     for k in set(old.hypers[0]) & set(learn.opt.hypers[0]): learn.opt.set_hyper(k, [h[k] for h in old.hypers])
     learn.opt.frozen_idx = old.frozen_idx
