@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from fasterai.misc.all import *
 from fasterai.lowrank.svd import gram
-from fasterai.lowrank import factorize as room
+from fasterai.lowrank import factorize as room, svd
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*(layers grew|singular v):UserWarning')
 LAPACK = torch.linalg.svd
@@ -50,7 +50,7 @@ def test_error_is_that_of_torch(kind, m, n, dtype, solver): check(matrix(kind, m
 @pytest.mark.parametrize('kind', ['random', 'steep', 'ill'])
 @pytest.mark.parametrize('m,n', SHAPES)
 def test_error_where_there_is_no_lapack(kind, m, n, monkeypatch):
-    monkeypatch.setattr(room, '_on_cpu', lambda t: False)     # what other devices do
+    monkeypatch.setattr(svd, '_on_cpu', lambda t: False)     # what other devices do
     check(matrix(kind, m, n, torch.float32), ranks(min(m, n)), solver='gram')
     W = matrix(kind, m, n, torch.float64)
     G = W @ W.T if m <= n else W.T @ W
@@ -145,8 +145,8 @@ def test_weights_of_any_layout(order, dtype, m, n):
     check(laid, [5, 100], solver='gram')
 
 def test_threads_of_scipy_are_those_of_torch(monkeypatch):
-    seen,limits = [],room.threadpool_limits
-    monkeypatch.setattr(room, 'threadpool_limits', lambda *args: seen.append(args) or limits(*args))
+    seen,limits = [],svd.threadpool_limits
+    monkeypatch.setattr(svd, 'threadpool_limits', lambda *args: seen.append(args) or limits(*args))
     factorize(matrix('random', 320, 450, torch.float32), rank=5)
     assert seen and set(seen) == {(torch.get_num_threads(), 'blas')}
 
