@@ -1169,15 +1169,16 @@ def test_soft_targets(T):
     p,t = torch.randn(7, 5, dtype=torch.float64),torch.randn(7, 5, dtype=torch.float64)
     assert SoftTargets(T)(p, t).item() == pytest.approx(kl(p, t, T), rel=1e-9) and SoftTargets(T)(p, p).item() == pytest.approx(0, abs=1e-12)
     assert SoftTargets()(p, t) == SoftTargets(2.)(p, t)
-    assert SoftTargets(T, logits=.3)(p, t).item() == pytest.approx(kl(p, t, T) + .3*np.square((p - t).numpy()).mean(), rel=1e-9)
+    assert SoftTargets(T, logits=.3)(p, t).item() == pytest.approx(kl(p, t, T) + .3*np.square((p - t).numpy()).mean()/np.square(t.numpy()).mean(), rel=1e-9)
 
 def test_soft_targets_along_another_axis():
     p,t = torch.randn(2, 5, 3, 4, dtype=torch.float64),torch.randn(2, 5, 3, 4, dtype=torch.float64)
     assert SoftTargets()(p, t, axis=1).item() == pytest.approx(kl(p, t, axis=1), rel=1e-9)
 
 def soft(p, t, **kw):
-    "The loss of a classifier: with a tenth of the squared error of the logits"
-    return kl(p, t, **kw) + .1*np.square((p - t).detach().double().numpy()).mean()
+    "The loss of a classifier: with the relative squared error of the logits"
+    p,t = (o.detach().double().numpy() for o in (p, t))
+    return kl(*map(torch.from_numpy, (p, t)), **kw) + np.square(p - t).mean()/np.square(t).mean()
 
 def distilled(learn, *cbs, epochs=1, **kw):
     "Every training batch of a fit with SelfDistillation, and the outputs of the teacher"

@@ -22,16 +22,16 @@ from .learner import _dense_of
 # %% ../../nbs/core/distill.ipynb #66d8bdc1
 class SoftTargets:
     """Kullback-Leibler divergence between softmax outputs at a temperature, times its square (Hinton et al., 2015, section 2), and a share
-    of the squared error of the logits, which a softmax close to 0 or 1 leaves free"""
+    of the relative squared error of the logits, which a softmax close to 0 or 1 leaves free"""
     def __init__(self, 
         T: float = 2.,          # temperature
         *,
-        logits: float = 0.,     # weight of the mean squared error of the logits
+        logits: float = 0.,     # weight of the squared error of the logits, relative to the square of the teacher's
     ): self.T,self.logits = T,logits
     def __call__(self, pred: torch.Tensor, target: torch.Tensor, axis: int = -1) -> torch.Tensor:
         p,t = (F.log_softmax(o.movedim(axis, -1).flatten(0, -2)/self.T, -1) for o in (pred, target))
         kl = F.kl_div(p, t, reduction='batchmean', log_target=True)*self.T**2
-        return kl + self.logits*F.mse_loss(pred, target) if self.logits else kl
+        return kl + self.logits*_feature_loss(pred, target) if self.logits else kl
 
 def _first(o): return o[0] if isinstance(o, (tuple, list)) else o
 
@@ -46,7 +46,7 @@ class SelfDistillation(Callback):
         teacher: nn.Module|None = None,     # dense model; None for the one before `learn.decompose`
         *,
         weight: float = 1.,                 # share of the distillation loss, the rest is the loss of the Learner
-        loss_func: Callable|None = None,    # loss(pred, teacher's pred); None for `SoftTargets(logits=.1)` with cross-entropy, else MSE
+        loss_func: Callable|None = None,    # loss(pred, teacher's pred); None for `SoftTargets(logits=1.)` with cross-entropy, else MSE
         features: Iterable[str] = (),       # names of modules, in both models, whose outputs are matched too
         feature_weight: float = 1.,         # of their relative squared errors
         keep_best: bool = True,             # end with the state of least validation loss, the first included?
@@ -84,7 +84,7 @@ class SelfDistillation(Callback):
 # %% ../../nbs/core/distill.ipynb #6c57e9d1
 def _default_loss(f):
     "`SoftTargets` along the axis of a cross-entropy, else the mean squared error"
-    soft = SoftTargets(logits=.1)
+    soft = SoftTargets(logits=1.)
     if isinstance(f, (CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat)): return partial(soft, axis=f.axis)
     if f is F.cross_entropy or isinstance(f, nn.CrossEntropyLoss): return partial(soft, axis=1)
     return soft if isinstance(f, LabelSmoothingCrossEntropy) else F.mse_loss
