@@ -50,8 +50,9 @@ class Suggestion:
         "Metric against the share of parameters kept, with the model before and the limit as lines"
         limit = self.dense - self.max_drop if self.higher_is_better else self.dense + self.max_drop
         frame = self.frame.rename(columns={'metric': self.metric})
-        ax = plot_tradeoff(frame, x='share', y=self.metric, limit=limit, log=True, ax=ax)
-        ax.axhline(self.dense, color='gray', ls='--', label=f'{self.start}: {self.dense:.4g}')
+        ax = plot_tradeoff(frame, x='share', y=self.metric, log=True, ax=ax)
+        for v,k,style in ((self.dense, self.start, '--'), (limit, 'limit', ':')):
+            ax.axhline(v, color='gray', ls=style, label=f'{k}: {v:.4g}')
         if self.plan is not None: ax.plot(_share(self.plan), self.value, 'o', color='red', label=f'{self.policy}({self.ratio:g})')
         ax.legend()
         return ax
