@@ -1,5 +1,5 @@
 "What a decomposed Learner, rank_find, SelfDistillation, refine and replan promise, against computations of their own"
-import contextlib, copy, io, random, re, time, warnings
+import contextlib, copy, inspect, io, random, re, time, warnings
 from functools import partial
 from types import SimpleNamespace
 import pandas as pd
@@ -510,7 +510,8 @@ def test_when_nothing_is_worth_it():
     with torch.no_grad(): learn.model[4].weight.copy_(torch.randn(3, 2000, generator=gen()))
     learn.model[1] = nn.Sequential(learn.model[1], *[nn.Conv1d(2000, 2000, 1) for _ in range(1)])
     with pytest.warns(UserWarning, match=r'nothing to decompose \(4: kept dense: rank 1 of 3.*layers= decomposes a layer all the same'): learn.decompose()
-    assert not pairs(learn.model)
+    assert not pairs(learn.model) and learn.plans == []
+    with pytest.raises(ValueError, match='was not decomposed'): learn.undecompose()
 
 @pytest.mark.parametrize('seed', [0, 1, 2])
 @pytest.mark.parametrize('load', [load_wine, load_breast_cancer, load_digits], ids=['3 classes', 'binary', '10 classes'])
@@ -524,6 +525,9 @@ def test_defaults_keep_the_accuracy_of_a_tabular_classifier(load, seed):
     fit(learn, 3, 1e-2)
     dense = validated(learn)[1]
     assert dense > .8 and abs(validated(learn.decompose())[1] - dense) < .0101 and pairs(learn.model)
+    small,before = validated(learn)[1],state(learn.model)
+    said, = warned(learn.decompose)
+    assert 'nothing was changed' in said and equal(state(learn.model), before) and validated(learn)[1] == small
 
 class Plain(nn.Module):
     "A tabular model of continuous columns alone"
@@ -627,6 +631,82 @@ def test_decompose_twice(kw):
     small = learn.model
     first, = warned(lambda: learn.decompose(**kw))
     assert first.startswith('this Learner is decomposed already: no layer is left') and learn.model is small and len(learn.plans) == 1
+
+CALLS = [{}, dict(rank_ratio=.3), dict(policy=.6), dict(policy=2), dict(policy=ParamBudget(.15)), dict(policy=ParamBudget(.15), layers='*'),
+    dict(policy={'*': ParamBudget(.15)}), dict(policy=ParamBudget(.15), layers=['2','4']), dict(policy=ParamBudget(.15), exclude='0'), dict(exclude='0'),
+    dict(policy=Energy(.5), layers=['0','2']), dict(layers='2'), dict(policy={'2': 4}), dict(skip_unprofitable=True)]
+
+@pytest.mark.parametrize('classes', [3, 10])
+@pytest.mark.parametrize('kw', CALLS, ids=str)
+def test_the_same_call_twice_changes_nothing(kw, classes):
+    learn = Learner(mk_dls(torch.randn(200, 13, generator=gen()), torch.arange(200) % classes), wide(classes), loss_func=CrossEntropyLossFlat())
+    small,dense = learn.decompose(**kw).model,[n for n,m in learn.model.named_modules() if n in ('0', '2', '4') and not is_pair(m)]
+    assert pairs(small)
+    for _ in range(2):
+        said, = warned(lambda: learn.decompose(**kw))
+        assert learn.model is small and len(learn.plans) == 1 and 'nothing was changed' in said and 'learn.undecompose() goes back' in said
+        assert all(f'{n!r} (' in said for n in dense) and ('stay' in said) == bool(dense)
+
+@pytest.mark.parametrize('first', [{}, dict(policy=ParamBudget(.15)), dict(plan=True)], ids=str)
+@pytest.mark.parametrize('then', [{}, dict(rank_ratio=.2), dict(policy=1), dict(policy=ParamBudget(.5)), dict(policy=Energy(.5)), dict(exclude='0')], ids=str)
+def test_a_layer_that_was_kept_dense_stays_dense(first, then):
+    learn = Learner(mk_dls(torch.randn(200, 13, generator=gen()), torch.arange(200) % 3), wide(3), loss_func=CrossEntropyLossFlat())
+    if first.get('plan'): first = dict(plan=FC_Decomposer(.5).plan(learn.model).edit('4', None))
+    small = learn.decompose(**first).model
+    assert '4' not in pairs(small)
+    said, = warned(lambda: learn.decompose(**then))
+    assert learn.model is small and "'4' (" in said and ' dense; pass layers= with ' in said
+    assert learn.decompose(.4, layers='4').model[4][0].out_features == 1 and len(learn.plans) == 2   # as the sentence says
+
+def test_the_rest_of_the_layers_in_a_second_call():
+    learn = Learner(mk_dls(torch.randn(200, 13, generator=gen()), torch.arange(200) % 3), wide(3), loss_func=CrossEntropyLossFlat())
+    learn.decompose(.5, exclude='0')
+    said, = warned(lambda: learn.decompose(policy=3))
+    assert list(pairs(learn.model)) == ['0', '2'] and "its pairs stay as they are, and '4' (rank 1 of 3 would lose" in said
+    assert learn.plans[1]['4'].reason == learn.plans[0]['4'].reason.removeprefix('kept dense: ')
+    assert warned(learn.decompose)[0].count("'4' (rank 1 of 3") == 1 and len(learn.plans) == 2
+
+@pytest.mark.parametrize('by_hand', [True, False])
+def test_a_saving_is_weighed_against_the_dense_model(by_hand):
+    "397 parameters are 6 % of the small model, 0.6 % of the dense one"
+    net = wide(3)
+    n = count_params(net)
+    if by_hand: net = FC_Decomposer(policy={'2': 4}).decompose(net)
+    learn = Learner(mk_dls(torch.randn(200, 13, generator=gen()), torch.arange(200) % 3), net, loss_func=CrossEntropyLossFlat())
+    if not by_hand: learn.decompose(policy={'2': 4})
+    assert 397 > .05*count_params(learn.model) and 397 < .01*n
+    learn.decompose()
+    assert '0' in pairs(learn.model) and '4' not in pairs(learn.model) and '(0.6%)' in learn.plans[-1]['4'].reason
+
+def test_types_count_among_the_layers_that_are_left():
+    class Mine(nn.Linear): pass
+    net = mlp()
+    net[2] = Mine(32, 24)
+    learn = learner(model=net).decompose(exclude='4')
+    assert list(pairs(learn.model)) == ['0']
+    assert find(learn, 5., types=(Mine,), layers='2').plan['2'].rank
+    assert list(pairs(learn.decompose(types=(Mine,), exclude='4').model)) == ['0', '2']
+
+def test_names_that_can_be_read_once():
+    learn = learner().decompose(layers=iter(['0']))
+    assert list(pairs(learn.decompose(layers=iter(['2'])).model)) == ['0', '2']
+
+def test_an_exported_learner_has_nothing_to_go_back_to():
+    other = copy.deepcopy(learner().decompose(layers='*'))
+    said, = warned(other.decompose)
+    assert 'nothing was changed' in said and 'undecompose' not in said
+
+def test_what_was_frozen_is_frozen_again():
+    learn = learner(splitter=halves)
+    learn.freeze()
+    was = [p.requires_grad for p in learn.model.parameters()]
+    learn.decompose(.25).unfreeze()
+    assert all(p.requires_grad for p in learn.model.parameters())
+    assert [p.requires_grad for p in fit(learn, 1).undecompose().model.parameters()] == was and not all(was)
+
+def test_the_signature_shows_no_object():
+    text = str(inspect.signature(Learner.decompose))
+    assert "'DecompositionPlan|RankSuggestion' = ..." in text and ' at 0x' not in text
 
 def test_rank_find_of_a_learner_without_dense_layers():
     learn = learner().decompose(layers='*')
@@ -1081,6 +1161,10 @@ def test_rank_find_of_a_decomposed_learner():
     small,res = learn.model,find(learn, .3)
     assert learn.model is small and [o.name for o in res.plan.replaced if o.name.startswith('0')] == []
     assert len(pairs(res.plan.apply(small))) > 1
+    labels = [o.get_text() for o in res.plot().get_legend().get_texts()]
+    assert f'(now {res.dense:.4g})' in res.title and 'dense' not in repr(res) and f'now: {res.dense:.4g}' in labels and not any('dense' in o for o in labels)
+    res = find(learn.undecompose(), .3)
+    assert f'(dense {res.dense:.4g})' in res.title and f'dense: {res.dense:.4g}' in [o.get_text() for o in res.plot().get_legend().get_texts()]
 
 @pytest.mark.parametrize('to', ['to_fp16', 'to_bf16'])
 def test_rank_find_with_mixed_precision(to):

@@ -24,13 +24,14 @@ class Suggestion:
     "What a search found; `plan` is the suggestion, None if no budget kept the metric"
     # one row per size tried: ratio (the largest budget of that size), params (of the model), share of them, metric, ok
     frame: pd.DataFrame
-    dense: float                    # metric of the dense model
+    dense: float                    # metric of the model before
     max_drop: float                 # allowed loss, in units of the metric
     metric: str                     # its name
     higher_is_better: bool
     ratio: float|None               # smallest budget whose metric was good enough
     plan: Plan|None                 # for that budget
     stopped: str = ''               # why no smaller budget was tried, and whether there is one
+    start: str = 'dense'            # what the model was before: 'now' for one that was decomposed already
     policy: ClassVar[str] = 'budget' # what a budget is called in the title and the plot
 
     @property
@@ -42,14 +43,16 @@ class Suggestion:
     def title(self) -> str:
         "The suggestion in one line"
         if self.plan is None: return f'no budget keeps {self.metric} within {self.max_drop:g} of {self.dense:.4g}'
-        return (f'{self.policy}({self.ratio:g}): {self.metric} {self.value:.4g} (dense {self.dense:.4g}), '
+        return (f'{self.policy}({self.ratio:g}): {self.metric} {self.value:.4g} ({self.start} {self.dense:.4g}), '
                 f'{self.plan.params:,} → {self.plan.params_after:,} parameters ({_share(self.plan) - 1:+.1%})')
 
     def plot(self, ax: plt.Axes|None = None) -> plt.Axes:
-        "Metric against the share of parameters kept, with the dense model and the limit as lines"
+        "Metric against the share of parameters kept, with the model before and the limit as lines"
         limit = self.dense - self.max_drop if self.higher_is_better else self.dense + self.max_drop
         frame = self.frame.rename(columns={'metric': self.metric})
-        ax = plot_tradeoff(frame, x='share', y=self.metric, dense=self.dense, limit=limit, log=True, ax=ax)
+        ax = plot_tradeoff(frame, x='share', y=self.metric, log=True, ax=ax)
+        for v,k,style in ((self.dense, self.start, '--'), (limit, 'limit', ':')):
+            ax.axhline(v, color='gray', ls=style, label=f'{k}: {v:.4g}')
         if self.plan is not None: ax.plot(_share(self.plan), self.value, 'o', color='red', label=f'{self.policy}({self.ratio:g})')
         ax.legend()
         return ax
@@ -152,6 +155,7 @@ def find(
     verb: str = 'search',                   # shown at the progress bar
     kind: type[Suggestion] = Suggestion,    # of the result
     size: Callable[[Plan],object] = lambda p: p.params_after,  # two plans of one size are measured once
+    start: str = 'dense',                   # what `model` is called in the title and the plot
     tight: Callable[[float],str] = lambda r: '.',              # ends the sentence 'budget r is too small for these layers'
 ) -> Suggestion:
     "The smallest budget at which `evaluate` loses no more than `max_drop`, and the curve"
@@ -162,4 +166,4 @@ def find(
     if not sweep.rows: raise ValueError(f'the largest budget, {max(ratios):g}, is too small for these layers{tight(max(ratios))}')
     frame = pd.DataFrame(sorted(sweep.rows.values(), key=lambda o: -o['ratio']), columns='ratio params share metric ok'.split())
     ratio = None if best is None else best['ratio']
-    return kind(frame, dense, max_drop, metric, higher_is_better, ratio, None if best is None else planned(ratio), why)
+    return kind(frame, dense, max_drop, metric, higher_is_better, ratio, None if best is None else planned(ratio), why, start)

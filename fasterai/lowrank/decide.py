@@ -15,7 +15,7 @@ from ..core.batches import _short
 from ..core.calibrate import Calibration, NotDifferentiable, _collect
 from ..core.check import first_batch, swap_faults
 from ..core.distributed import world
-from ..core.modules import LinearSite, _warn_user, count_params, find_linears, select
+from ..core.modules import LinearSite, _is_ours, _warn_user, count_params, find_linears, select
 from .plan import DecompositionPlan, LayerPlan, _valid
 from .ranks import ParamBudget, mk_policy, round_rank
 from .solve import _check_finite, _digits, _solved
@@ -59,7 +59,7 @@ def make_plan(
     res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
         skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model),
         '; '.join(filter(None, [_notes(policy, chosen, stats if bases else {}), _unread(todo, data)])), stats.sensitivity, bases)
-    if spare: res = _spared(res, {s.name: s.weight for s in todo})
+    if spare: res = _spared(res, {s.name: s.weight for s in todo}, _dense_size(model))
     if not quiet: _warn(res, stats, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
     return res
 
@@ -203,15 +203,21 @@ def thin_layers(
         res.append(o)
     return res
 
-def _spared(plan, weights):
-    "`plan` with its thin layers dense; their errors are computed first where the ranks did not need them"
-    todo = [o.name for o in plan.replaced if o.error is None and negligible(o, plan.params) and not weights[o.name].is_meta]
+def _dense_size(model):
+    "Parameters of `model` before its pairs were made"
+    return count_params(model) + sum(m[0].in_features*m[1].out_features - m[0].weight.numel() - m[1].weight.numel()
+                                     for m in model.modules() if _is_ours(m))
+
+def _spared(plan, weights, params):
+    """`plan` with its thin layers dense, in a model that had `params` parameters before any pair was made; their errors are computed
+    first where the ranks did not need them"""
+    todo = [o.name for o in plan.replaced if o.error is None and negligible(o, params) and not weights[o.name].is_meta]
     specs = {n: tuple(spectrum(weights[n]).tolist()) for n in todo}
-    known = replace(plan, layers=tuple(replace(o, spectrum=specs[o.name]) if o.name in specs else o for o in plan.layers))
+    known = replace(plan, params=params, layers=tuple(replace(o, spectrum=specs[o.name]) if o.name in specs else o for o in plan.layers))
     def why(o):
         lost,saved = 'much' if o.error is None else f'{o.error:.2g}',o.weight_params - o.params_after
         return (f'kept dense: rank {o.rank} of {o.max_rank} would lose {lost} of the output and '
-                f'save {saved:,} parameters ({saved/plan.params:.1%})')
+                f'save {saved:,} parameters ({saved/params:.1%})')
     thin = {o.name: why(o) for o in thin_layers(known)}
     return replace(plan, layers=tuple(replace(o, rank=None, reason=thin[o.name]) if o.name in thin else o for o in plan.layers))
 

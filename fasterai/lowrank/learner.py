@@ -23,13 +23,13 @@ from ..core.calibrate import Calibration
 from ..core.latency import LatencyTable
 from .decide import make_plan
 from .plan import DecompositionPlan
-from .ranks import FixedRank, Policy, RankRatio, mk_policy
+from .ranks import FixedRank, PerLayer, Policy, RankRatio, mk_policy
 from .search import RATIOS, RankSuggestion, rank_find
 from ..core.learner import _Kept, _check_now, _decomposed, _dense_of, _kept, _running, _swap
 
 # %% ../../nbs/lowrank/learner.ipynb #5db4205a
 class _Unset:
-    def __repr__(self): return 'not given'     # None is what a search without success leaves behind
+    def __repr__(self): return '...'    # None is what a search without success leaves behind
 
 _UNSET = _Unset()
 
@@ -64,7 +64,7 @@ def _given_plan(plan, others):
 def decompose(self:Learner, 
     rank_ratio: float = 0.5,                # share of singular values to keep, in (0, 1]
     *,
-    policy: 'Policy|float|int|Mapping|None' = None, # in place of `rank_ratio`: a policy, a rank, {name: policy}
+    policy: 'Policy|float|int|Mapping|None' = None, # in place of `rank_ratio`: a policy, a share, a rank, {name: policy}
     # a plan or the result of `rank_find`, in place of the arguments that choose layers and ranks
     plan: 'DecompositionPlan|RankSuggestion' = _UNSET,
     data=None,                              # calibration data or a `Calibration`; None for the training set of `dls`
@@ -86,44 +86,77 @@ def decompose(self:Learner,
         plan = _given_plan(plan, rank_ratio != 0.5 or policy or layers or exclude or skip_unprofitable or round_to != 1 or types)
         if _in_place(self, plan): return self
     elif policy is not None and rank_ratio != 0.5: raise ValueError(f'pass rank_ratio={rank_ratio} or policy={policy!r}, not both.')
-    elif _stays(self): return self
+    policy = RankRatio(rank_ratio) if policy is None else mk_policy(policy)
+    layers,exclude,types = map(_tupled, (layers, exclude, types))
+    kept,rows = ({}, ()) if given else _settled(self, policy, layers, exclude, types)
+    if rows and _stays(self, kept, rows): return self
     with torch.autocast('cuda', enabled=False):     # a callback may be called inside of mixed precision
         if not given:
             data = (self.dls if data is None else data) if calibrated else None
-            policy = RankRatio(rank_ratio) if policy is None else policy
             plan = make_plan(self.model, policy, spectra=False, data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers,
-                             exclude=exclude, skip_unprofitable=skip_unprofitable, round_to=round_to, types=types, quiet=_decomposed(self),
-                             spare=layers is None and isinstance(mk_policy(policy), (RankRatio, FixedRank)))
+                             exclude=_and(exclude, kept), skip_unprofitable=skip_unprofitable, round_to=round_to, types=types,
+                             quiet=_decomposed(self), spare=layers is None and isinstance(policy, (RankRatio, FixedRank)))
+            plan = replace(plan, layers=tuple(replace(o, reason=kept.get(o.name, o.reason)) for o in plan.layers))
         elif data is None and any(o.calibrated and o.name not in plan.bases for o in plan.replaced): data = self.dls    # a plan from a file
-        if _stays(self, plan): return self
+        if _stays(self, kept, plan.layers, last=True): return self
         small = plan.apply(self.model, data=data if given else None, n_batches=n_batches if given else None)
     return _swap(self, small, _Kept(_dense_of(self) if _decomposed(self) else self.model, (*self.plans, replace(plan, bases={}))))
 
 # %% ../../nbs/lowrank/learner.ipynb #ef785e3c
+def _back(learn):
+    if _dense_of(learn) is None: return 'A decomposed model is not decomposed again'
+    return 'learn.undecompose() goes back to the dense model'
+
 def _in_place(learn, plan):
     "Is `plan` applied already? Raises where other pairs stand in its places"
     mods = dict(learn.model.named_modules())
     ranks = {o.name: mods[o.name][0].out_features for o in plan.replaced if o.name in mods and is_pair(mods[o.name])}
     if not ranks: return False
-    back = (' learn.undecompose() goes back to the dense model' if _dense_of(learn) is not None
-        else ' A decomposed model is not decomposed again')
     if (other := [n for n,k in ranks.items() if plan[n].rank != k] or [o.name for o in plan.replaced if o.name not in ranks]):
-        raise ValueError(f'this Learner is decomposed already, by another plan (see {other[0]!r}). Nothing was changed.{back}.')
-    _warn_user(f'this Learner is decomposed by this plan already: nothing was changed.{back}.')
+        raise ValueError(f'this Learner is decomposed already, by another plan (see {other[0]!r}). Nothing was changed. {_back(learn)}.')
+    _warn_user(f'this Learner is decomposed by this plan already: nothing was changed. {_back(learn)}.')
     return True
 
-def _left(learn):
-    "Is there a layer that could be decomposed?"
-    return any(o.can for o in make_plan(learn.model, 1., spectra=False, quiet=True).layers)
+# %% ../../nbs/lowrank/learner.ipynb #5b3e9d10
+def _rows(learn, policy=None, **kw):
+    "What a call of `decompose` would decide about, seen without data: rows with a rank"
+    every = PerLayer({k: None if v is None else 1. for k,v in policy.policies.items()}) if isinstance(policy, PerLayer) else 1.
+    return make_plan(learn.model, every, spectra=False, quiet=True, **kw).layers
 
-def _stays(learn, plan=None):
-    "Would a further `decompose` do nothing? Says so, or that the pairs stay as they are; without `plan` only where no layer is left"
-    if not _decomposed(learn) or plan is None and _left(learn): return False
-    none = plan is None or not plan.replaced
-    what = 'no layer is left to decompose, and nothing was changed' if none else 'its pairs stay as they are'
-    _warn_user(f'this Learner is decomposed already: {what}. learn.undecompose() goes back to the dense model first.')
-    return none
+def _settled(learn, policy, layers, exclude, types):
+    """Layers that an earlier call decided to keep dense, name -> reason, and all rows. A call that names layers decides anew, unless it
+    repeats one whose policy left them dense"""
+    if not _decomposed(learn): return {}, ()
+    rows,named = _rows(learn, policy, layers=layers, exclude=exclude, types=types),layers is not None or isinstance(policy, PerLayer)
+    mods,can = dict(learn.model.named_modules()),{o.name for o in rows if o.can}
+    def whole(n): return up if is_pair(mods.get(up := n.rpartition('.')[0])) else n     # a row of a pair is one of its factors
+    asked = {whole(o.name) for o in rows if o.asked}
+    def holds(p, o): return not named or (
+        o.reason == 'dense by policy' and p.policy == repr(policy) and asked == {r.name for r in p.layers if r.asked})
+    return {o.name: o.reason.removeprefix('kept dense: ') for p in learn.plans for o in p.layers
+            if o.name in can and o.can and o.asked and not o.changed and holds(p, o)}, rows
 
+def _tupled(names): return tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else names
+
+def _and(exclude, kept):
+    "`exclude`, and the names `kept`"
+    return (*((exclude,) if isinstance(exclude, str) else exclude or ()), *kept) if kept else exclude
+
+# %% ../../nbs/lowrank/learner.ipynb #5b3e9d11
+def _stays(learn, kept, rows, last=False):
+    "Would a further `decompose` do nothing? Says so, or (`last`) what stays as it is"
+    todo = any(o.changed and o.name not in kept for o in rows)
+    if not _decomposed(learn) or todo and not last: return not todo
+    dense = [f'{o.name!r} ({kept.get(o.name, o.reason)})' for o in rows if o.can and (o.name in kept or not todo)]
+    what = 'its pairs stay as they are' if todo else 'nothing was changed'
+    if dense:
+        some,one = ', '.join(dense[:3]) + ', …'*(len(dense) > 3),len(dense) == 1
+        what += f', and {some} stay{"s"*one} dense; pass layers= with {"it" if one else "them"} alone to decide anew'
+    elif not todo: what = 'no layer is left to decompose, and nothing was changed'
+    _warn_user(f'this Learner is decomposed already: {what}. {_back(learn)}{" first"*(_dense_of(learn) is not None)}.')
+    return not todo
+
+# %% ../../nbs/lowrank/learner.ipynb #5b3e9d12
 @patch(as_prop=True)
 def plans(self:Learner) -> list[DecompositionPlan]:
     "What was done to the model, one plan for each call of `decompose`; empty again after `undecompose`"
@@ -132,7 +165,8 @@ def plans(self:Learner) -> list[DecompositionPlan]:
 # %% ../../nbs/lowrank/learner.ipynb #27aff599
 @patch
 def undecompose(self:Learner) -> Learner: # itself
-    "Restore the dense model, as it was before the first `decompose`; the optimizer is dropped, or made anew in a running fit"
+    """Restore the dense model, as it was before the first `decompose`: what was frozen then is frozen again, even after `unfreeze`. The
+    optimizer is dropped, or made anew in a running fit"""
     if not _decomposed(self): raise ValueError('nothing to undo: this Learner was not decomposed, or is dense again.')
     if _dense_of(self) is None: raise ValueError('an exported Learner holds no dense model to go back to, and neither does a copy.')
     _check_now(self, 'undecompose')
@@ -184,13 +218,13 @@ def _with_model(learn, model):
             for k,v in recs.items(): setattr(learn.recorder, k, v)
 
 # %% ../../nbs/lowrank/learner.ipynb #ed1e6832
-def _check_search(learn):
+def _check_search(learn, types=()):
     "Raise where the Learner cannot validate now, or has nothing to decompose"
     if _running(learn, 'fit') or learn.lock.locked():
         raise RuntimeError('learn.rank_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
             'call it afterwards.')
     if not _decomposed(learn): return
-    if not _left(learn):
+    if not any(o.can for o in _rows(learn, types=types)):
         raise ValueError('this Learner is decomposed already, and no layer is left: call learn.undecompose() first, '
             'then learn.rank_find().')
     _warn_user('this Learner is decomposed already: rank_find compares with the model as it is, and tries only layers that are still '
@@ -219,7 +253,7 @@ def rank_find(self:Learner,
 ) -> RankSuggestion:                        # `learn.decompose(plan=…)` applies it
     "The smallest budget that keeps the metric on the whole validation set, and the curve; the Learner is left unchanged"
     _check_places(max_drop=max_drop, metric=None if callable(metric) else metric, data=data)
-    _check_search(self)
+    _check_search(self, types)
     i,name = _metric_index(self, metric)
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]

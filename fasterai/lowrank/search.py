@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 from torch import nn
 from ..core.latency import LatencyTable
+from ..core.modules import _is_ours
 from ..core.search import Suggestion, check_search, find
 from .decide import make_plan
 from .ranks import ParamBudget
@@ -69,4 +70,5 @@ def rank_find(
         plan.replan(budget(max(ratios)))     # raises: not even the largest is enough
     return find(model, planned, evaluate, dense, max_drop=max_drop, higher_is_better=higher_is_better, metric=metric, ratios=ratios,
         refine=refine, verb='rank_find', kind=RankSuggestion, tight=_tight(planned, round_to),
+        start='now' if any(map(_is_ours, model.modules())) else 'dense',
         size=(lambda p: p.params_after) if cost == 'params' else (lambda p: tuple(o.rank for o in p.layers)))
