@@ -14,6 +14,7 @@ from .walk import _FnWalk, _looks_linear, _modules_in, _name, _plain_fn
 
 # %% ../../nbs/core/expressions.ipynb #ee7615b5
 _CALLS_ONLY = frozenset('checkpoint id callable len'.split())   # a layer passed to these is not looked into
+_TENSORS = frozenset('parameters named_parameters buffers named_buffers state_dict'.split())
 _HOLDERS = frozenset('list tuple dict set iter reversed sorted enumerate zip filter OrderedDict chain from_iterable'.split())
 
 def _is_getattr(e) -> bool:
@@ -98,6 +99,7 @@ def _texts(self:_FnWalk, e) -> set|None:
 def _iterated(self:_FnWalk, e):
     "What a loop over `e` may bind: looks through zip, enumerate, reversed, `.values()`"
     inside = ast.iter_child_nodes(e)
+    if isinstance(e, ast.Call) and _name(e.func) in _TENSORS: return []     # parameters are no layers
     if isinstance(e, ast.Attribute): inside = []   # the layers of `self` are not in `self.sizes`
     elif isinstance(e, ast.Call): inside = e.args + ([e.func.value] if isinstance(e.func, ast.Attribute) else [])
     return self._items(e) or [c for o in inside for c in self._iterated(o)]

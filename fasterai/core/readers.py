@@ -70,9 +70,14 @@ def visit_Attribute(self:_FnWalk, o):
     layers = [m for m in own if _looks_linear(m)]
     if o.attr in ('parameters','named_parameters','state_dict'):
         if not self._only_facts(self.up.get(o)): self._keep([c for m in own for c in _below(m)], 'goes through its parameters')
+    elif o.attr in ('modules','named_modules'):
+        if not self._unnumbered(self.up.get(o)): self._keep([c for m in own for c in _below(m)], 'counts or lists its modules')
+    elif o.attr == 'apply':
+        self._keep([c for m in own if getattr(type(m), 'apply', None) is nn.Module.apply for c in _below(m)], 'applies a function to its modules')
     else: self._reads(layers, o.attr, o.value)
     for m in own:
         if m in layers: continue
+        if o.attr in ('__repr__','__str__','extra_repr'): self._keep(_below(m), 'asks for its text')
         if isinstance(getattr(type(m), o.attr, None), property): self.reader.run(m, o.attr)
         elif o.attr in LINEAR_ATTRS and o.attr not in {**m.__dict__, **m._parameters, **m._modules} and not hasattr(type(m), o.attr) \
             and type(m).__getattr__ is not nn.Module.__getattr__:
@@ -102,6 +107,51 @@ def visit_Return(self:_FnWalk, o): self._returns(o.value) if o.value is not None
 @patch
 def visit_Yield(self:_FnWalk, o):
     if o.value is not None: self._returns(ast.List([o.value], ast.Load()))
+
+# %% ../../nbs/core/readers.ipynb #163d371e
+def _gates(test, names) -> bool:
+    "Does `test` let only some modules through, by their class, an attribute, a name that is written out? `if name` lets all but one"
+    if isinstance(test, ast.BoolOp): return (any if isinstance(test.op, ast.And) else all)(_gates(v, names) for v in test.values)
+    if not any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(test)): return False
+    if isinstance(test, ast.Call): return _name(test.func) in ('isinstance','issubclass','hasattr','getattr')
+    if not isinstance(test, ast.Compare) or any(isinstance(c, ast.Constant) and c.value == '' for c in ast.walk(test)): return False
+    return (all(isinstance(p, (ast.Eq, ast.Is)) for p in test.ops)      # `'.' in name` lets new names through
+        or isinstance(test.ops[0], ast.In) and any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(test.left)))
+
+@patch
+def _unnumbered(self:_FnWalk, o):
+    "Is it all one to what is done with the modules that `o` yields how many they are, and what they are called?"
+    p,keyed = self.up.get(o),False
+    while (isinstance(p, ast.Call) and (o in p.args and _name(p.func) in ('iter','list','tuple','dict','set') or o is p.func)
+           or isinstance(p, ast.Attribute) and p.attr in ('items','values','keys')):
+        keyed,o = keyed or isinstance(p, ast.Call) and _name(p.func) == 'dict',p
+        p = self.up.get(p)
+    if isinstance(p, ast.Assign): return all(self._unnumbered(n) for n in self.up
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in {t.id for t in p.targets if isinstance(t, ast.Name)})
+    if isinstance(p, ast.Subscript): return keyed or p.value is not o
+    if isinstance(p, ast.Attribute): return p.attr == 'get'
+    if isinstance(p, ast.Compare): return self.mods(p.left) != []       # `layer in list(self.modules())`
+    if isinstance(p, ast.For): return self._uncounted(p.body, {n.id for n in ast.walk(p.target) if isinstance(n, ast.Name)})
+    if isinstance(p, ast.comprehension): return self._some(p)
+    return isinstance(p, ast.Call) and _name(p.func) == 'next'
+
+@patch
+def _some(self:_FnWalk, c):
+    "Does comprehension `c` pick some modules, or ask for any or all of them?"
+    names,whole = {n.id for n in ast.walk(c.target) if isinstance(n, ast.Name)},self.up.get(c)
+    if any(_gates(t, names) for t in c.ifs): return True
+    asks = _name(getattr(self.up.get(whole), 'func', None))
+    return asks in ('any','all') or asks in ('sum','max') and _gates(whole.elt, names)
+
+@patch
+def _uncounted(self:_FnWalk, body, names):
+    "Does the body of a loop add something up, or collect, only where it has picked a module?"
+    for o in body:
+        if isinstance(o, ast.If) and _gates(o.test, names): continue
+        if isinstance(o, ast.AugAssign): return False
+        if isinstance(o, ast.Expr) and _name(getattr(o.value, 'func', None)) in ('append','add','extend'): return False
+        if isinstance(o, (ast.If, ast.For, ast.With, ast.Try)) and not self._uncounted(o.body, names): return False
+    return True
 
 # %% ../../nbs/core/readers.ipynb #82cdd378
 _PRODUCTS = frozenset('linear matmul mm bmm mv addmm baddbmm einsum'.split())
@@ -155,8 +205,15 @@ def visit_Match(self:_FnWalk, o):
     self.generic_visit(o)
 
 @patch
+def _text(self:_FnWalk, e):
+    "The text of `e` is asked for, which for a module has all that is in it; one that an error shows changes nothing"
+    p = e
+    while p is not None and not isinstance(p, ast.Raise): p = self.up.get(p)
+    if p is None: self._keep([c for m in self.mods(e) if isinstance(m, nn.Module) for c in _below(m)], 'asks for its text')
+
+@patch
 def visit_FormattedValue(self:_FnWalk, o):
-    self._keep(self._linears(o.value), 'asks for its text')
+    self._text(o.value)
     self.generic_visit(o)
 
 # %% ../../nbs/core/readers.ipynb #71c5276b
@@ -168,6 +225,7 @@ def _asked(self:_FnWalk, o, name) -> bool:
         layers = first if name == 'isinstance' else self._classes(o.args[0])
         self._keep([m for m in layers if self._tells(m, o.args[1], False)], 'asks for its class')
         return bool(layers)
+    if name in ('str','repr','format') and o.args: self._text(o.args[0])
     if name in ('type','str','repr','format','vars') and first:
         self._keep(first, 'asks for its class' if name == 'type' else 'uses its __dict__' if name == 'vars' else 'asks for its text')
         return True
