@@ -19,7 +19,7 @@ from ..core.distributed import agreed
 from ..core.modules import LinearSite, _double, _is_ours, _warn_user, count_params, find_linears, is_pair
 from ..core.plan import Plan, Row
 from ..core.surgery import _become, copy_with
-from .factorize import Basis
+from .factorize import Basis, _changed, fingerprint
 from .svd import Solver, _check_solver, trunc_error
 from .ranks import Layer, mk_policy
 from .solve import _basis, _bias, _check_finite, _divided, _empty, _filled, _mk, _packed, _tensors, _unpacked
@@ -171,6 +171,13 @@ def apply(self:DecompositionPlan,
         return self._checked(res, done, before)
 
 # %% ../../nbs/lowrank/plan.ipynb #b46681a6
+def _warn_changed(sites):
+    "Warn of layers whose weights are not those that the plan was made for"
+    if not sites: return
+    first,n = sites[0].name or 'the model',len(sites) - 1
+    _warn_user(f'the weight{"s"[:n]} of {first!r}{f" (and {n} others)" if n > 1 else " (and another)" if n else ""} changed since the plan '
+               'was made: its errors no longer hold. Plan again.')
+
 @patch
 def _bases(self:DecompositionPlan, model, sites, data, n_batches):
     "Bases of the calibrated layers: those made with the plan, or made anew from `data`"
@@ -180,6 +187,8 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
             raise ValueError(f'{lost[0]!r} was planned with calibration data, which a saved plan does not hold. '
                 'Pass plan.apply(model, data=…) or its '
                              'saved statistics; plan.skeleton(model) makes the structure for an existing checkpoint.')
+        _warn_changed([s for s in want if (b := self.bases[s.name]).mark is not None
+            and _changed(b.mark, fingerprint(s.weight), (self[s.name].dtype, str(s.weight.dtype).removeprefix('torch.')))])
         return self.bases
     stats = data
     if not isinstance(data, Calibration):
@@ -227,6 +236,11 @@ def edit(self:DecompositionPlan,
     return replace(self, layers=tuple(map(f, self.layers)), policy=self.policy if '(edited)' in self.policy else self.policy+' (edited)')
 
 # %% ../../nbs/lowrank/plan.ipynb #ada19179
+def _note(policy, rows):
+    "What `policy` says of its choice, and of what errors that speaks"
+    note = policy.note(rows)
+    return f'{note}; without data: errors of the weights' if note and not any(o.calibrated for o in rows) else note
+
 @patch
 def replan(self:DecompositionPlan, 
     policy: 'float|int|dict|Policy',    # see `mk_policy`
@@ -241,7 +255,7 @@ def replan(self:DecompositionPlan,
         return replace(o, rank=None, reason='dense by policy') if o.can and o.asked else o
     calibrated = [o for o in self.note.split('; ') if o.startswith('calibrated')]
     return replace(self, layers=tuple(map(f, self.layers)), policy=repr(policy),
-        note='; '.join(filter(None, [policy.note(rows), *calibrated])))
+        note='; '.join(filter(None, [_note(policy, rows), *calibrated])))
 
 # %% ../../nbs/lowrank/plan.ipynb #38d36766
 @patch

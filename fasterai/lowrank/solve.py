@@ -12,7 +12,7 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 from ..core.distributed import agreed, balanced, shared, world
 from ..core.modules import _warn_user, mk_pair
-from .factorize import Basis, factorize, shifted_bias
+from .factorize import Basis, factorize, fingerprint, shifted_bias
 from .svd import spectrum
 
 # %% ../../nbs/lowrank/solve.ipynb #9553b700
@@ -63,8 +63,9 @@ def _basis(s, stats):
     if shape != (s.in_features, r):
         raise ValueError(f'the statistics of {s.name!r} are those of a layer with {shape[0]} inputs and smaller side {shape[1]}, '
             f'the model has Linear({s.in_features}→{s.out_features}). Were they collected on another model?')
-    try: return replace(factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None), W=None)
-    except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
+    try: b = factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None)
+    except torch.linalg.LinAlgError as e: return _warn_user(f'{s.name or "the model"!r}: {e}.')
+    return replace(b, W=None, mark=fingerprint(s.weight))
 
 # %% ../../nbs/lowrank/solve.ipynb #8fc91838
 def _packed(b): return b if b is None else {f.name: getattr(b, f.name) for f in fields(b)}
