@@ -69,7 +69,9 @@ def visit_Attribute(self:_FnWalk, o):
     own = [m for m in self.mods(o.value) if isinstance(m, nn.Module)]
     layers = [m for m in own if _looks_linear(m)]
     if o.attr in ('parameters','named_parameters','state_dict'):
-        if not self._only_facts(self.up.get(o)): self._keep([c for m in own for c in _below(m)], 'goes through its parameters')
+        alone = any(k.arg == 'recurse' and getattr(k.value, 'value', None) is False for k in getattr(self.up.get(o), 'keywords', ()))
+        if not self._only_facts(self.up.get(o)):
+            self._keep(layers if alone else [c for m in own for c in _below(m)], 'goes through its parameters')
     elif o.attr in ('modules','named_modules'):
         if not self._unnumbered(self.up.get(o)): self._keep([c for m in own for c in _below(m)], 'counts or lists its modules')
     elif o.attr == 'apply':
@@ -94,6 +96,8 @@ def _only_facts(self:_FnWalk, o):
     if not (isinstance(p, (ast.comprehension, ast.For)) and p.iter is o or isinstance(p, ast.Assign)): return False
     names = {n.id for t in (p.targets if isinstance(p, ast.Assign) else [p.target]) for n in ast.walk(t) if isinstance(n, ast.Name)}
     used = [n for n in self.up if isinstance(n, ast.Name) and n.id in names and isinstance(n.ctx, ast.Load)]
+    count = not used or _name(getattr(self.up.get(self.up.get(p)), 'func', None)) in ('sum','len')      # a pair has one more
+    if count and not isinstance(p, ast.Assign): return False
     return all(isinstance(self.up[n], ast.Attribute) and self.up[n].attr in _FACTS for n in used)
 
 @patch
@@ -107,51 +111,6 @@ def visit_Return(self:_FnWalk, o): self._returns(o.value) if o.value is not None
 @patch
 def visit_Yield(self:_FnWalk, o):
     if o.value is not None: self._returns(ast.List([o.value], ast.Load()))
-
-# %% ../../nbs/core/readers.ipynb #163d371e
-def _gates(test, names) -> bool:
-    "Does `test` let only some modules through, by their class, an attribute, a name that is written out? `if name` lets all but one"
-    if isinstance(test, ast.BoolOp): return (any if isinstance(test.op, ast.And) else all)(_gates(v, names) for v in test.values)
-    if not any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(test)): return False
-    if isinstance(test, ast.Call): return _name(test.func) in ('isinstance','issubclass','hasattr','getattr')
-    if not isinstance(test, ast.Compare) or any(isinstance(c, ast.Constant) and c.value == '' for c in ast.walk(test)): return False
-    return (all(isinstance(p, (ast.Eq, ast.Is)) for p in test.ops)      # `'.' in name` lets new names through
-        or isinstance(test.ops[0], ast.In) and any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(test.left)))
-
-@patch
-def _unnumbered(self:_FnWalk, o):
-    "Is it all one to what is done with the modules that `o` yields how many they are, and what they are called?"
-    p,keyed = self.up.get(o),False
-    while (isinstance(p, ast.Call) and (o in p.args and _name(p.func) in ('iter','list','tuple','dict','set') or o is p.func)
-           or isinstance(p, ast.Attribute) and p.attr in ('items','values','keys')):
-        keyed,o = keyed or isinstance(p, ast.Call) and _name(p.func) == 'dict',p
-        p = self.up.get(p)
-    if isinstance(p, ast.Assign): return all(self._unnumbered(n) for n in self.up
-        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in {t.id for t in p.targets if isinstance(t, ast.Name)})
-    if isinstance(p, ast.Subscript): return keyed or p.value is not o
-    if isinstance(p, ast.Attribute): return p.attr == 'get'
-    if isinstance(p, ast.Compare): return self.mods(p.left) != []       # `layer in list(self.modules())`
-    if isinstance(p, ast.For): return self._uncounted(p.body, {n.id for n in ast.walk(p.target) if isinstance(n, ast.Name)})
-    if isinstance(p, ast.comprehension): return self._some(p)
-    return isinstance(p, ast.Call) and _name(p.func) == 'next'
-
-@patch
-def _some(self:_FnWalk, c):
-    "Does comprehension `c` pick some modules, or ask for any or all of them?"
-    names,whole = {n.id for n in ast.walk(c.target) if isinstance(n, ast.Name)},self.up.get(c)
-    if any(_gates(t, names) for t in c.ifs): return True
-    asks = _name(getattr(self.up.get(whole), 'func', None))
-    return asks in ('any','all') or asks in ('sum','max') and _gates(whole.elt, names)
-
-@patch
-def _uncounted(self:_FnWalk, body, names):
-    "Does the body of a loop add something up, or collect, only where it has picked a module?"
-    for o in body:
-        if isinstance(o, ast.If) and _gates(o.test, names): continue
-        if isinstance(o, ast.AugAssign): return False
-        if isinstance(o, ast.Expr) and _name(getattr(o.value, 'func', None)) in ('append','add','extend'): return False
-        if isinstance(o, (ast.If, ast.For, ast.With, ast.Try)) and not self._uncounted(o.body, names): return False
-    return True
 
 # %% ../../nbs/core/readers.ipynb #82cdd378
 _PRODUCTS = frozenset('linear matmul mm bmm mv addmm baddbmm einsum'.split())
@@ -167,6 +126,8 @@ def _tensor(self:_FnWalk, e) -> list:
 
 @patch
 def visit_BinOp(self:_FnWalk, o):
+    if isinstance(o.op, ast.Mod) and isinstance(getattr(o.left, 'value', None), str):
+        for e in getattr(o.right, 'elts', [o.right]): self._text(e)
     if isinstance(o.op, ast.MatMult): self.reader.multiplied.update(self._tensor(o.left) + self._tensor(o.right))
     self.generic_visit(o)
 
@@ -240,6 +201,7 @@ def _asked(self:_FnWalk, o, name) -> bool:
 def visit_Call(self:_FnWalk, o):
     f,name = o.func,_name(o.func)
     if isinstance(f, ast.Name) and self._asked(o, name): return
+    if name == 'format' and isinstance(getattr(getattr(f, 'value', None), 'value', None), str): [self._text(a) for a in o.args]
     if name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(f, ast.Attribute): self._write(f.value)
     if name in _PRODUCTS: self.reader.multiplied.update(t for a in (*o.args, *(k.value for k in o.keywords)) for t in self._tensor(a))
     if name == 'get_parameter': self._parameter(o)

@@ -100,13 +100,24 @@ def _copies_itself(m):
     "Has `m` a `__deepcopy__` of its own? Those of torch are known to copy what they should"
     return getattr(m, '__deepcopy__', None) is not None and not isinstance(m, (torch.fx.GraphModule, torch.jit.ScriptModule))
 
-# %% ../../nbs/core/surgery.ipynb #ac7c9978
+# %% ../../nbs/core/surgery.ipynb #f36fc9de
 def _warn_user(msg):
     "Warn at the first line outside of this package (and of torch, whose decorators lie in between)"
     depth,f = 2,sys._getframe(1)
     while f.f_back and f.f_globals.get('__name__', '').split('.')[0] in ('fasterai', 'torch', 'contextlib'): depth,f = depth+1,f.f_back
     warnings.warn(msg, stacklevel=depth)
 
+# %% ../../nbs/core/surgery.ipynb #24066904
+def _by_id(model):
+    "The first attribute in `model` that holds `id`s of its modules or tensors, which are others in a copy"
+    ids = {id(o) for o in (*model.modules(), *model.parameters(), *model.buffers())}
+    def holds(o, depth=3):
+        if isinstance(o, int): return o in ids
+        inside = (*o.keys(), *o.values()) if isinstance(o, Mapping) else o if isinstance(o, (list, tuple, set, frozenset)) else ()
+        return depth > 0 and any(holds(c, depth-1) for c in inside)
+    return next((f'{n}.{k}'.lstrip('.') for n,m in model.named_modules() for k,v in vars(m).items() if k not in _OWN and holds(v)), None)
+
+# %% ../../nbs/core/surgery.ipynb #ac7c9978
 _SHARDED = 'sharded by FSDP: decompose the model before it is wrapped, or unwrap it first'
 
 def _is_fsdp(m): return any(c.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for c in type(m).__mro__)
@@ -119,15 +130,6 @@ def _uncopyable(model):
             if k in ('_parameters','_buffers','_modules'): continue
             try: copy.deepcopy(v, dict(memo))
             except (TypeError, RuntimeError, pickle.PicklingError) as e: return f'{n}.{k}'.lstrip('.'), type(v).__name__, e
-
-def _by_id(model):
-    "The first attribute in `model` that holds `id`s of its modules or tensors, which are others in a copy"
-    ids = {id(o) for o in (*model.modules(), *model.parameters(), *model.buffers())}
-    def holds(o, depth=3):
-        if isinstance(o, int): return o in ids
-        inside = (*o.keys(), *o.values()) if isinstance(o, Mapping) else o if isinstance(o, (list, tuple, set, frozenset)) else ()
-        return depth > 0 and any(holds(c, depth-1) for c in inside)
-    return next((f'{n}.{k}'.lstrip('.') for n,m in model.named_modules() for k,v in vars(m).items() if k not in _OWN and holds(v)), None)
 
 def copy_with(
     model: nn.Module,                        # left unchanged

@@ -19,10 +19,10 @@ from ..core.distributed import agreed
 from ..core.modules import LinearSite, _double, _is_ours, _warn_user, count_params, find_linears, is_pair
 from ..core.plan import Plan, Row
 from ..core.surgery import _become, copy_with
-from .factorize import Basis, _changed, fingerprint
+from .factorize import Basis
 from .svd import Solver, _check_solver, trunc_error
 from .ranks import Layer, mk_policy
-from .solve import _basis, _bias, _check_finite, _divided, _empty, _filled, _mk, _packed, _tensors, _unpacked
+from .solve import _basis, _bias, _changed, _check_finite, _divided, _empty, _filled, _mk, _packed, _tensors, _unpacked, _warn_changed, _fingerprint
 
 # %% ../../nbs/lowrank/plan.ipynb #e36b672e
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def sites(self:DecompositionPlan,
         bias = getattr(s.module, 'bias', None) is not None
         if bias != o.bias:
             raise ValueError(f'plan expects {o.name!r} {"with" if o.bias else "without"} bias, the model has it '
-                f'{"with" if bias else "without"}. '
-                             'Was the plan made for another model?')
+                f'{"with" if bias else "without"}. Was the plan made for another model?')
         if s.reason: raise ValueError(f'{o.name!r} cannot be decomposed in this model: {s.reason}.')
     return {o.name: sites[o.name] for o in self.replaced}
 
@@ -171,13 +170,6 @@ def apply(self:DecompositionPlan,
         return self._checked(res, done, before)
 
 # %% ../../nbs/lowrank/plan.ipynb #b46681a6
-def _warn_changed(sites):
-    "Warn of layers whose weights are not those that the plan was made for"
-    if not sites: return
-    first,n = sites[0].name or 'the model',len(sites) - 1
-    _warn_user(f'the weight{"s"[:n]} of {first!r}{f" (and {n} others)" if n > 1 else " (and another)" if n else ""} changed since the plan '
-               'was made: its errors no longer hold. Plan again.')
-
 @patch
 def _bases(self:DecompositionPlan, model, sites, data, n_batches):
     "Bases of the calibrated layers: those made with the plan, or made anew from `data`"
@@ -185,10 +177,9 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
     if data is None:
         if (lost := [s.name for s in want if s.name not in self.bases]):
             raise ValueError(f'{lost[0]!r} was planned with calibration data, which a saved plan does not hold. '
-                'Pass plan.apply(model, data=…) or its '
-                             'saved statistics; plan.skeleton(model) makes the structure for an existing checkpoint.')
+                'Pass plan.apply(model, data=…) or its saved statistics; plan.skeleton(model) makes the structure for an existing checkpoint.')
         _warn_changed([s for s in want if (b := self.bases[s.name]).mark is not None
-            and _changed(b.mark, fingerprint(s.weight), (self[s.name].dtype, str(s.weight.dtype).removeprefix('torch.')))])
+            and _changed(b.mark, _fingerprint(s.weight), (self[s.name].dtype, str(s.weight.dtype).removeprefix('torch.')))])
         return self.bases
     stats = data
     if not isinstance(data, Calibration):
