@@ -91,9 +91,52 @@ class AssignsBias(Base):
     def forward(self, x):
         self.a.bias = nn.Parameter(torch.ones(8))
         return self.a(x)
+class NamedParameters(Base):
+    def forward(self, x): return self.a(x) + dict(self.named_parameters()).get('a.weight', torch.zeros(1)).sum()
+class ParameterTable(Base):
+    def forward(self, x): return self.a(x)*dict(self.named_parameters())['a.weight'].sum()
+class ParameterComp(Base):
+    def forward(self, x): return self.a(x)*{n: p for n,p in self.named_parameters()}['a.weight'].sum()
+class FirstParameter(Base):
+    def forward(self, x): return self.a(x)*next(iter(self.parameters())).sum() + list(self.parameters())[2].sum()
+class NextNamed(Base):
+    def forward(self, x): return self.a(x)*next(p for n,p in self.named_parameters() if n == 'a.weight').sum()
+class CountsNamed(Base):
+    def forward(self, x): return self.a(x)*sum(1 for n,_ in self.named_modules() if n)
+class CountsList(Base):
+    def forward(self, x): return self.a(x)*len(list(self.modules()))
+class CountsStar(Base):
+    def forward(self, x): return self.a(x)*len([*self.modules()])
+class CountsSet(Base):
+    def forward(self, x): return self.a(x)*len({n for n,_ in self.named_modules()})
+class CountsFilter(Base):
+    def forward(self, x): return self.a(x)*sum(1 for _ in filter(None, self.modules()))
+class CountsLoop(Base):
+    def forward(self, x):
+        n = 0
+        for m in self.modules(): n += 1
+        return self.a(x)*n
+class CountsHeld(Base):
+    def forward(self, x):
+        mods = list(self.modules())
+        return self.a(x)*len(mods)
+class Numbers(Base):
+    def forward(self, x): return self.a(x)*max(i for i,_ in enumerate(self.modules()))
+class SubName(Base):
+    def forward(self, x): return self.a(x)*(2 if 'a.0' in dict(self.named_modules()) else 1)
+class Dots(Base):
+    def forward(self, x): return self.a(x)*sum(1 for n,_ in self.named_modules() if '.' in n)
+class Applies(Base):
+    def forward(self, x):
+        got = []
+        self.apply(lambda m: got.append(m))
+        return self.a(x)*len(got)
+class WholeText(Base):
+    def forward(self, x): return self.a(x)*len(repr(self))*len(f'{self}')
 
 DENSE = [IsInstance, TypeIs, TypeIn, DunderClass, ByType, SubClass, Match, Helper, Dispatch, Children, AllModules, Counted, Returned, Text, Norms,
-         LayerNorms, StateDict, Functional, Parameter, Kept, KeptMethod, AssignsBias]
+         LayerNorms, StateDict, Functional, Parameter, Kept, KeptMethod, AssignsBias, NamedParameters, ParameterTable, ParameterComp, FirstParameter, NextNamed, CountsNamed,
+         CountsList, CountsStar, CountsSet, CountsFilter, CountsLoop, CountsHeld, Numbers, SubName, Dots, Applies, WholeText]
 
 @pytest.mark.parametrize('cls', DENSE, ids=lambda c: c.__name__)
 def test_a_layer_that_is_asked_what_a_pair_cannot_answer_stays_dense(cls):
@@ -185,6 +228,22 @@ def test_harmless_questions_keep_no_layer_dense():
     m = Dtype()
     small = FC_Decomposer(1.).decompose(m)
     assert [type(o) for o in (small.a, small.b, small.layers[0])] == [nn.Sequential]*3 and rel(small(x), m(x)) < 1e-5
+class Picks(Base):
+    "Goes through its modules and parameters, and would meet the same with pairs"
+    def forward(self, x):
+        for m in self.modules():
+            if isinstance(m, nn.Dropout): x = x*m.p
+        for m in self.modules(): m.seen = True
+        n = sum(1 for m in self.modules() if isinstance(m, nn.Conv2d)) + sum(isinstance(m, nn.Dropout) for m in self.modules())
+        n = n + len(list(self.children())) + (self.a in list(self.modules())) + any(m.training for m in self.modules())
+        if x.ndim > 9: raise ValueError(f'not for {self}')
+        x = x.to(next(iter(self.parameters())).dtype)
+        return dict(self.named_modules())['a'](self.b(x))*n
+
+def test_modules_that_are_picked_or_asked_alike_keep_no_layer_dense():
+    m = Picks().eval()
+    small = FC_Decomposer(1.).decompose(m)
+    assert all(type(o) is nn.Sequential for o in (small.a, small.b)) and rel(small(x), m(x)) < 1e-5
 
 def test_a_wrapper_is_not_counted_beside_its_layer():
     assert [o.name for o in FC_Decomposer(.5).plan(Wrapped()).layers] == ['a.inner', 'b', 'layers.0']
@@ -464,3 +523,103 @@ def test_a_zero_3_weight_is_named():
     m[0].weight.ds_id,m[0].weight.data = 1,torch.empty(0)
     plan = FC_Decomposer(.5).plan(m)
     assert 'sharded by DeepSpeed ZeRO-3' in plan['0'].reason and plan['1'].rank == 2
+
+# ------------------------------------------------------------------ what a copy, other weights, other data change
+
+class ById(Base):
+    def __init__(self, tab=lambda m: {id(m.a): 3.}): super().__init__(); self.tab = tab(self)
+    def forward(self, x): return self.b(self.a(x))*(3. if id(self.a) in self.tab else 1.)
+
+@pytest.mark.parametrize('tab', [lambda m: {id(m.a): 3.}, lambda m: [(id(m.a.weight), 2)], lambda m: dict(deep={id(m.b)})], ids=['dict', 'list', 'set'])
+def test_a_copy_of_a_model_that_knows_its_parts_by_id_warns(tab):
+    with pytest.warns(UserWarning, match=r"'tab' of the model knows parts of it by id\(…\), which a copy does not have.*inplace=True") as w:
+        FC_Decomposer(.5).decompose(ById(tab))
+    assert w[0].filename == __file__
+
+def test_ids_stay_in_place_and_other_numbers_are_no_ids():
+    m,other = ById(),ById(lambda m: [3, 1 << 40, id(x)])
+    want = m(x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*by id')
+        FC_Decomposer(.5).decompose(other)
+        assert rel(FC_Decomposer(1.).decompose(m, inplace=True)(x), want) < 1e-5
+
+def _mlp(*ns):
+    torch.manual_seed(0)
+    return nn.Sequential(*[o for a,b in zip(ns, ns[1:]) for o in (nn.Linear(a, b), nn.ReLU())][:-1])
+
+def _told(f, what):
+    "How often `f()` warns of `what`"
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        f()
+    return sum(what in str(o.message) for o in w)
+
+rows = torch.randn(200, 24, generator=torch.Generator().manual_seed(1))
+
+@pytest.mark.parametrize('change', [lambda w: w.add_(1e-3*torch.randn(w.shape)), lambda w: w.neg_(), lambda w: w.copy_(w.flip(0)),
+                                    lambda w: w[0].mul_(1.1)], ids=['step', 'sign', 'order', 'one row'])
+def test_a_calibrated_plan_notices_other_weights(change):
+    m = _mlp(24, 40, 16, 32)
+    plan = FC_Decomposer(.3).plan(m, rows)
+    with torch.no_grad(): [change(m[i].weight) for i in (2, 4)]
+    with pytest.warns(UserWarning, match="the weights of '2' .and another. changed since the plan was made: its errors no longer hold. Plan again"):
+        plan.apply(m)
+    assert not _told(lambda: plan.skeleton(m), 'changed') and not _told(lambda: plan.apply(m, data=rows), 'changed')
+
+def test_a_plan_without_data_takes_any_weights():
+    m = _mlp(24, 40, 16, 32)
+    plan = FC_Decomposer(.3).plan(m)
+    with torch.no_grad(): m[0].weight.neg_()
+    assert not _told(lambda: plan.apply(m), 'changed')
+
+@pytest.mark.parametrize('was,now', [('float32', 'float32'), ('float32', 'float64'), ('float64', 'float32'), ('float32', 'float16'), ('float32', 'bfloat16'),
+                                     ('bfloat16', 'float32'), ('float16', 'bfloat16')])
+@pytest.mark.parametrize('size', [1e-3, 1., 30.])
+def test_the_same_weights_in_another_dtype_are_the_same(was, now, size):
+    m = _mlp(24, 40, 16).to(getattr(torch, was))
+    with torch.no_grad(): [p.mul_(size) for p in m.parameters()]
+    plan = FC_Decomposer(.3).plan(m, rows.to(m[0].weight.dtype))
+    assert not _told(lambda: plan.apply(copy.deepcopy(m).to(getattr(torch, now))), 'changed')
+    with torch.no_grad(): m[2].weight += .1*size*torch.randn(m[2].weight.shape).to(m[2].weight)
+    assert _told(lambda: plan.apply(m.to(getattr(torch, now))), "the weight of '2' changed") == 1
+
+@pytest.mark.parametrize('data', [rows[:0], [rows[:0]]*2, [(rows[:0], torch.zeros(0))]], ids=['tensor', 'list', 'tuples'])
+def test_data_without_rows(data):
+    with pytest.raises(ValueError, match='data has no rows: .* empty'): FC_Decomposer().plan(_mlp(24, 40, 16), data)
+
+def test_an_empty_batch_among_others_is_none_and_data_that_reach_nothing_warn():
+    m = _mlp(24, 40, 16)
+    assert all(o.calibrated for o in FC_Decomposer().plan(m, [rows[:0], rows]).layers)
+    class Around(Base):
+        def forward(self, x): return x*2
+    with pytest.warns(UserWarning, match='none of the layers to be replaced is called on the data: all have plain SVD'): FC_Decomposer(.5).plan(Around(), x)
+
+def test_a_budget_without_data_says_of_what_its_errors_are():
+    m,said = _mlp(24, 40, 16),'without data: errors of the weights'
+    plan,seen = (FC_Decomposer(policy=ParamBudget(.5)).plan(m, d) for d in (None, rows))
+    assert said in plan.note and said not in seen.note
+    assert said in FC_Decomposer(.5).plan(m).replan(ParamBudget(.5)).note and said not in seen.replan(ParamBudget(.4)).note
+    assert said not in plan.replan(.5).note and said not in FC_Decomposer(.5).plan(m).note
+
+class Mapped(Base):
+    def forward(self, x): return torch.vmap(lambda r: self.b(self.a(r).relu()))(x)
+
+def test_calibration_names_vmap():
+    m = Mapped()
+    with pytest.raises(ValueError, match="'a' is called inside of vmap, where calibration cannot look: decompose without data"):
+        FC_Decomposer(.5).decompose(m, x)
+    assert rel(FC_Decomposer(1.).decompose(m)(x), m(x)) < 1e-5
+
+def test_parameters_made_in_inference_mode():
+    with torch.inference_mode(): m = _mlp(24, 40, 16)
+    small = FC_Decomposer(1.).decompose(m, rows)
+    with torch.no_grad(): assert is_pair(small[0]) and is_pair(small[2]) and rel(small(rows), m(rows)) < 1e-5
+    with pytest.raises(RuntimeError, match=r'made in inference_mode; deepcopy\(model\) outside of it'): FC_Decomposer(.5).plan(m, rows, sensitivity='full')
+    assert FC_Decomposer(.5).plan(copy.deepcopy(m), rows, sensitivity='full').sensitivity == 'full'
+    with pytest.warns(UserWarning, match='sensitivity cannot be measured .*inference_mode'): FC_Decomposer(policy=ParamBudget(.5)).plan(m, rows)
+
+@pytest.mark.filterwarnings('ignore:`torch.jit')
+@pytest.mark.parametrize('how', [torch.jit.script, lambda m: torch.jit.trace(m, rows)], ids=['script', 'trace'])
+def test_a_scripted_model_is_told_to_come_before(how):
+    with pytest.warns(UserWarning, match='decompose before scripting'): FC_Decomposer(.5).plan(how(_mlp(24, 40, 16)))

@@ -161,7 +161,10 @@ def _collect(model, data, sites, n_batches=None, sensitivity=None, loss=None, se
     col = _LayerCollector(sites, sensitivity, None if loss else seed, more)
     if isinstance(model, DistributedDataParallel): model = model.module     # its forward communicates: uneven shares would wait for each other
     n = _watch(model, data, col, n_batches, loss)
-    return _finish(col, n, next((c.finish(n) for c in more), None))
+    res = _finish(col, n, next((c.finish(n) for c in more), None))
+    if res.missing and not res and not col.items and not any(col.dropped.values()):
+        raise ValueError(f'data has no rows: {"its batch is" if n == 1 else f"all of its {n} batches are"} empty.')
+    return res
 
 # %% ../../nbs/core/calibrate.ipynb #5542780a
 _TYPE = 'fasterai.Calibration'

@@ -36,6 +36,7 @@ def check_result(
 def _lossless(s: LinearSite, eyes: dict) -> nn.Sequential:
     "A pair that computes what layer `s` computes: its weight and an identity, which all layers of that size share"
     W,k = s.weight,min(s.in_features, s.out_features)
+    if W.is_inference(): W = W.clone()      # what was made in inference mode can be no parameter that is trained
     key = k,W.dtype,W.device
     if key not in eyes: eyes[key] = torch.eye(k, dtype=W.dtype, device=W.device)
     A,B = (eyes[key], W) if s.in_features <= s.out_features else (W, eyes[key])

@@ -214,6 +214,8 @@ def _watch(model, data, col, n_batches=None, loss=None, progress='calibrate') ->
     with agreed():
         if any(p.is_meta for p in model.parameters()) and not any('_hf_hook' in m.__dict__ for m in model.modules()):
             raise ValueError('the model is on the meta device and cannot run. Load its weights first.')
+        if col.sensitivity and any(p.is_inference() for p in model.parameters()):
+            raise NotDifferentiable('parameters were made in inference_mode; deepcopy(model) outside of it makes them anew')
         bar = None if place[0] else progress
         runs = run_batches(model, data, n_batches=n_batches, grad=bool(col.sensitivity), progress=bar, place=place)
         with torch.inference_mode(False), _hooked(model, col), closing(runs):

@@ -14,6 +14,7 @@ from .walk import _FnWalk, _looks_linear, _modules_in, _name, _plain_fn
 
 # %% ../../nbs/core/expressions.ipynb #ee7615b5
 _CALLS_ONLY = frozenset('checkpoint id callable len'.split())   # a layer passed to these is not looked into
+_TENSORS = frozenset('parameters named_parameters buffers named_buffers state_dict'.split())
 _HOLDERS = frozenset('list tuple dict set iter reversed sorted enumerate zip filter OrderedDict chain from_iterable'.split())
 
 def _is_getattr(e) -> bool:
@@ -98,6 +99,7 @@ def _texts(self:_FnWalk, e) -> set|None:
 def _iterated(self:_FnWalk, e):
     "What a loop over `e` may bind: looks through zip, enumerate, reversed, `.values()`"
     inside = ast.iter_child_nodes(e)
+    if isinstance(e, ast.Call) and _name(e.func) in _TENSORS: return []     # parameters are no layers
     if isinstance(e, ast.Attribute): inside = []   # the layers of `self` are not in `self.sizes`
     elif isinstance(e, ast.Call): inside = e.args + ([e.func.value] if isinstance(e.func, ast.Attribute) else [])
     return self._items(e) or [c for o in inside for c in self._iterated(o)]
@@ -141,6 +143,51 @@ def _imported(self:_FnWalk, name):
                 mod = importlib.util.resolve_name('.'*o.level + (o.module or ''), self.fn.__globals__.get('__package__') or '')
                 return getattr(sys.modules[mod], a.name)
     raise LookupError(name)
+
+# %% ../../nbs/core/expressions.ipynb #163d371e
+def _gates(test, names) -> bool:
+    "Does `test` let only some modules through, by their class, an attribute, a name that is written out? `if name` lets all but one"
+    if isinstance(test, ast.BoolOp): return (any if isinstance(test.op, ast.And) else all)(_gates(v, names) for v in test.values)
+    if not any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(test)): return False
+    if isinstance(test, ast.Call): return _name(test.func) in ('isinstance','issubclass','hasattr','getattr')
+    if not isinstance(test, ast.Compare) or any(isinstance(c, ast.Constant) and c.value == '' for c in ast.walk(test)): return False
+    return (all(isinstance(p, (ast.Eq, ast.Is)) for p in test.ops)      # `'.' in name` lets new names through
+        or isinstance(test.ops[0], ast.In) and any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(test.left)))
+
+@patch
+def _unnumbered(self:_FnWalk, o):
+    "Is it all one to what is done with the modules that `o` yields how many they are, and what they are called?"
+    p,keyed = self.up.get(o),False
+    while (isinstance(p, ast.Call) and (o in p.args and _name(p.func) in ('iter','list','tuple','dict','set') or o is p.func)
+           or isinstance(p, ast.Attribute) and p.attr in ('items','values','keys')):
+        keyed,o = keyed or isinstance(p, ast.Call) and _name(p.func) == 'dict',p
+        p = self.up.get(p)
+    if isinstance(p, ast.Assign): return all(self._unnumbered(n) for n in self.up
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in {t.id for t in p.targets if isinstance(t, ast.Name)})
+    if isinstance(p, ast.Subscript): return keyed or p.value is not o
+    if isinstance(p, ast.Attribute): return p.attr == 'get'
+    if isinstance(p, ast.Compare): return self.mods(p.left) != []       # `layer in list(self.modules())`
+    if isinstance(p, ast.For): return self._uncounted(p.body, {n.id for n in ast.walk(p.target) if isinstance(n, ast.Name)})
+    if isinstance(p, ast.comprehension): return self._some(p)
+    return isinstance(p, ast.Call) and _name(p.func) == 'next'
+
+@patch
+def _some(self:_FnWalk, c):
+    "Does comprehension `c` pick some modules, or ask for any or all of them?"
+    names,whole = {n.id for n in ast.walk(c.target) if isinstance(n, ast.Name)},self.up.get(c)
+    if any(_gates(t, names) for t in c.ifs): return True
+    asks = _name(getattr(self.up.get(whole), 'func', None))
+    return asks in ('any','all') or asks in ('sum','max') and _gates(whole.elt, names)
+
+@patch
+def _uncounted(self:_FnWalk, body, names):
+    "Does the body of a loop add something up, or collect, only where it has picked a module?"
+    for o in body:
+        if isinstance(o, ast.If) and _gates(o.test, names): continue
+        if isinstance(o, ast.AugAssign): return False
+        if isinstance(o, ast.Expr) and _name(getattr(o.value, 'func', None)) in ('append','add','extend'): return False
+        if isinstance(o, (ast.If, ast.For, ast.With, ast.Try)) and not self._uncounted(o.body, names): return False
+    return True
 
 # %% ../../nbs/core/expressions.ipynb #78d6b8c1
 @patch

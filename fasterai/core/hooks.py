@@ -52,6 +52,8 @@ def _hooked(model, col):
     sites = {s.name: s for c in col.all for s in c.sites.values()}
     read = [s for s in sites.values() if s.reader and isinstance(s.module, nn.Linear) and s.reader != 'its own hooks']
     def call(s, x, y):
+        if torch._C._functorch.is_batchedtensor(x):
+            raise ValueError(f'{s.name or "the model"!r} is called inside of vmap, where calibration cannot look: decompose without data.')
         for c in col.all:
             if s.name not in c.sites: continue
             if not c.replay: c.see(s, x, y)

@@ -7,7 +7,6 @@ __all__ = ['LowRankLinear', 'LowRankHead', 'mk_pair', 'is_pair', 'LinearSite', '
            'count_params']
 
 # %% ../../nbs/core/modules.ipynb #c7976e9a
-import sys, warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from .readers import LINEAR_ATTRS, weight_readers, _walk     # `weight_readers` and `copy_with` can be imported from here too
 from .reasons import _FLOATS, _away, _content_reason, _owners, _tie_reason, _type_reason
-from .surgery import _HOOKS, _MARK, _Detached, _span, copy_with
+from .surgery import _HOOKS, _MARK, _Detached, _span, _warn_user, copy_with
 from .walk import _is_conv1d, _looks_linear
 
 # %% ../../nbs/core/modules.ipynb #85775aaf
@@ -224,9 +223,3 @@ def _double(t):
     "`t` in float64, which autocast and TF32 leave alone; on the CPU where the device has no float64"
     if t.device.type == 'mps': t = t.cpu()
     return t.to(torch.promote_types(t.dtype, torch.float64))
-
-def _warn_user(msg):
-    "Warn at the first line outside of this package (and of torch, whose decorators lie in between)"
-    depth,f = 2,sys._getframe(1)
-    while f.f_back and f.f_globals.get('__name__', '').split('.')[0] in ('fasterai', 'torch', 'contextlib'): depth,f = depth+1,f.f_back
-    warnings.warn(msg, stacklevel=depth)

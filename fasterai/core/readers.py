@@ -69,10 +69,17 @@ def visit_Attribute(self:_FnWalk, o):
     own = [m for m in self.mods(o.value) if isinstance(m, nn.Module)]
     layers = [m for m in own if _looks_linear(m)]
     if o.attr in ('parameters','named_parameters','state_dict'):
-        if not self._only_facts(self.up.get(o)): self._keep([c for m in own for c in _below(m)], 'goes through its parameters')
+        alone = any(k.arg == 'recurse' and getattr(k.value, 'value', None) is False for k in getattr(self.up.get(o), 'keywords', ()))
+        if not self._only_facts(self.up.get(o)):
+            self._keep(layers if alone else [c for m in own for c in _below(m)], 'goes through its parameters')
+    elif o.attr in ('modules','named_modules'):
+        if not self._unnumbered(self.up.get(o)): self._keep([c for m in own for c in _below(m)], 'counts or lists its modules')
+    elif o.attr == 'apply':
+        self._keep([c for m in own if getattr(type(m), 'apply', None) is nn.Module.apply for c in _below(m)], 'applies a function to its modules')
     else: self._reads(layers, o.attr, o.value)
     for m in own:
         if m in layers: continue
+        if o.attr in ('__repr__','__str__','extra_repr'): self._keep(_below(m), 'asks for its text')
         if isinstance(getattr(type(m), o.attr, None), property): self.reader.run(m, o.attr)
         elif o.attr in LINEAR_ATTRS and o.attr not in {**m.__dict__, **m._parameters, **m._modules} and not hasattr(type(m), o.attr) \
             and type(m).__getattr__ is not nn.Module.__getattr__:
@@ -89,6 +96,8 @@ def _only_facts(self:_FnWalk, o):
     if not (isinstance(p, (ast.comprehension, ast.For)) and p.iter is o or isinstance(p, ast.Assign)): return False
     names = {n.id for t in (p.targets if isinstance(p, ast.Assign) else [p.target]) for n in ast.walk(t) if isinstance(n, ast.Name)}
     used = [n for n in self.up if isinstance(n, ast.Name) and n.id in names and isinstance(n.ctx, ast.Load)]
+    count = not used or _name(getattr(self.up.get(self.up.get(p)), 'func', None)) in ('sum','len')      # a pair has one more
+    if count and not isinstance(p, ast.Assign): return False
     return all(isinstance(self.up[n], ast.Attribute) and self.up[n].attr in _FACTS for n in used)
 
 @patch
@@ -117,6 +126,8 @@ def _tensor(self:_FnWalk, e) -> list:
 
 @patch
 def visit_BinOp(self:_FnWalk, o):
+    if isinstance(o.op, ast.Mod) and isinstance(getattr(o.left, 'value', None), str):
+        for e in getattr(o.right, 'elts', [o.right]): self._text(e)
     if isinstance(o.op, ast.MatMult): self.reader.multiplied.update(self._tensor(o.left) + self._tensor(o.right))
     self.generic_visit(o)
 
@@ -155,8 +166,15 @@ def visit_Match(self:_FnWalk, o):
     self.generic_visit(o)
 
 @patch
+def _text(self:_FnWalk, e):
+    "The text of `e` is asked for, which for a module has all that is in it; one that an error shows changes nothing"
+    p = e
+    while p is not None and not isinstance(p, ast.Raise): p = self.up.get(p)
+    if p is None: self._keep([c for m in self.mods(e) if isinstance(m, nn.Module) for c in _below(m)], 'asks for its text')
+
+@patch
 def visit_FormattedValue(self:_FnWalk, o):
-    self._keep(self._linears(o.value), 'asks for its text')
+    self._text(o.value)
     self.generic_visit(o)
 
 # %% ../../nbs/core/readers.ipynb #71c5276b
@@ -168,6 +186,7 @@ def _asked(self:_FnWalk, o, name) -> bool:
         layers = first if name == 'isinstance' else self._classes(o.args[0])
         self._keep([m for m in layers if self._tells(m, o.args[1], False)], 'asks for its class')
         return bool(layers)
+    if name in ('str','repr','format') and o.args: self._text(o.args[0])
     if name in ('type','str','repr','format','vars') and first:
         self._keep(first, 'asks for its class' if name == 'type' else 'uses its __dict__' if name == 'vars' else 'asks for its text')
         return True
@@ -182,6 +201,7 @@ def _asked(self:_FnWalk, o, name) -> bool:
 def visit_Call(self:_FnWalk, o):
     f,name = o.func,_name(o.func)
     if isinstance(f, ast.Name) and self._asked(o, name): return
+    if name == 'format' and isinstance(getattr(getattr(f, 'value', None), 'value', None), str): [self._text(a) for a in o.args]
     if name.endswith('_') and name[-2:] != '__' and name != 'requires_grad_' and isinstance(f, ast.Attribute): self._write(f.value)
     if name in _PRODUCTS: self.reader.multiplied.update(t for a in (*o.args, *(k.value for k in o.keywords)) for t in self._tensor(a))
     if name == 'get_parameter': self._parameter(o)

@@ -42,7 +42,7 @@ def _type_reason(m, types):
     if t in _EXACT or t in types or _is_conv1d(m): return None
     name = t.__name__ if t.__name__ != 'Linear' else f'{t.__module__}.Linear'
     if isinstance(m, nn.Linear): return f'{name} is a subclass of nn.Linear; pass types=({name},) if it computes the same'
-    return f'{t.__name__} is not nn.Linear'
+    return f'{t.__name__} is not nn.Linear' + ('; decompose before scripting' if isinstance(m, torch.jit.ScriptModule) else '')
 
 def _own_forward(m):
     "Is the `forward` on the instance, if any, that of its class? (accelerate leaves it there)"

@@ -6,7 +6,7 @@
 __all__ = ['copy_with']
 
 # %% ../../nbs/core/surgery.ipynb #7f6b2fec
-import copy, pickle, types
+import copy, pickle, sys, types, warnings
 from collections.abc import Mapping
 import torch
 from torch import nn
@@ -100,6 +100,23 @@ def _copies_itself(m):
     "Has `m` a `__deepcopy__` of its own? Those of torch are known to copy what they should"
     return getattr(m, '__deepcopy__', None) is not None and not isinstance(m, (torch.fx.GraphModule, torch.jit.ScriptModule))
 
+# %% ../../nbs/core/surgery.ipynb #f36fc9de
+def _warn_user(msg):
+    "Warn at the first line outside of this package (and of torch, whose decorators lie in between)"
+    depth,f = 2,sys._getframe(1)
+    while f.f_back and f.f_globals.get('__name__', '').split('.')[0] in ('fasterai', 'torch', 'contextlib'): depth,f = depth+1,f.f_back
+    warnings.warn(msg, stacklevel=depth)
+
+# %% ../../nbs/core/surgery.ipynb #24066904
+def _by_id(model):
+    "The first attribute in `model` that holds `id`s of its modules or tensors, which are others in a copy"
+    ids = {id(o) for o in (*model.modules(), *model.parameters(), *model.buffers())}
+    def holds(o, depth=3):
+        if isinstance(o, int): return o in ids
+        inside = (*o.keys(), *o.values()) if isinstance(o, Mapping) else o if isinstance(o, (list, tuple, set, frozenset)) else ()
+        return depth > 0 and any(holds(c, depth-1) for c in inside)
+    return next((f'{n}.{k}'.lstrip('.') for n,m in model.named_modules() for k,v in vars(m).items() if k not in _OWN and holds(v)), None)
+
 # %% ../../nbs/core/surgery.ipynb #ac7c9978
 _SHARDED = 'sharded by FSDP: decompose the model before it is wrapped, or unwrap it first'
 
@@ -122,6 +139,9 @@ def copy_with(
     "A deep copy of `model` in which some modules are replaced, under all their names; shares nothing with it"
     new = dict(new or {})
     if any(map(_is_fsdp, model.modules())): raise ValueError(f'the model is {_SHARDED}.')
+    if (tab := _by_id(model)) is not None:
+        _warn_user(f'{tab!r} of the model knows parts of it by id(…), which a copy does not have: the copy may compute something else. '
+                   'Decompose with inplace=True, which keeps them, or use names.')
     with torch.inference_mode(False), torch.no_grad(), _Detached():
         try:
             res = _copied(model, new)

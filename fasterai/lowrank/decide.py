@@ -16,7 +16,7 @@ from ..core.calibrate import Calibration, NotDifferentiable, _collect
 from ..core.check import first_batch, swap_faults
 from ..core.distributed import world
 from ..core.modules import LinearSite, _is_ours, _warn_user, count_params, find_linears, select
-from .plan import DecompositionPlan, LayerPlan, _valid
+from .plan import DecompositionPlan, LayerPlan, _note, _valid
 from .ranks import ParamBudget, mk_policy, round_rank
 from .solve import _check_finite, _digits, _solved
 from .svd import spectrum
@@ -60,7 +60,7 @@ def make_plan(
         skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model),
         '; '.join(filter(None, [_notes(policy, chosen, stats if bases else {}), _unread(todo, data)])), stats.sensitivity, bases)
     if spare: res = _spared(res, {s.name: s.weight for s in todo}, _dense_size(model))
-    if not quiet: _warn(res, stats, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())})
+    if not quiet: _warn(res, stats, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())}, model)
     return res
 
 # %% ../../nbs/lowrank/decide.ipynb #5c0e11a2
@@ -114,7 +114,7 @@ def _as_asked(stats, how, sensitivity, n_batches, loss):
     return Calibration({n: replace(o, sens=None) for n,o in stats.items()}, batches=stats.batches, missing=stats.missing)
 
 def _notes(policy, rows, stats):
-    notes,most = [policy.note(rows)],max((o.rows for o in stats.values()), default=0)
+    notes,most = [_note(policy, rows)],max((o.rows for o in stats.values()), default=0)
     if stats: notes.append(f'calibrated on {stats.batches} batch{"es"[:2*(stats.batches != 1)]}, {most:,} row{"s"[:most != 1]}'
                            + (f', sensitivity {stats.sensitivity}' if stats.sensitivity else ''))
     return '; '.join(filter(None, notes))
@@ -222,7 +222,7 @@ def _spared(plan, weights, params):
     return replace(plan, layers=tuple(replace(o, rank=None, reason=thin[o.name]) if o.name in thin else o for o in plan.layers))
 
 # %% ../../nbs/lowrank/decide.ipynb #9ec283d9
-def _warn(plan, stats, asked):
+def _warn(plan, stats, asked, model=None):
     """Say what a user would not expect: layers that grow or lose much for little, few or bad data, nothing to do, a layer named by
     the user that has to stay"""
     grown = [o for o in plan.replaced if o.params_after > o.weight_params]
@@ -234,7 +234,8 @@ def _warn(plan, stats, asked):
     _warn_thin(plan, asked, grown)
     _warn_data(plan, stats)
     if not plan.replaced:
-        why = '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in plan.skipped[:3]) or 'it has no fully-connected layer'
+        why = '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in plan.skipped[:3]) or 'it has no fully-connected layer' \
+            + ('; decompose before scripting or tracing' if any(isinstance(m, torch.jit.ScriptModule) for m in (model.modules() if model is not None else ())) else '')
         more = ' layers= decomposes a layer all the same.' if 'kept dense' in why else ''
         _warn_user(f'nothing to decompose ({why}).{more}')
     elif (stuck := [o for o in plan.layers if not o.can and asked.intersection(o.names)]):
@@ -262,6 +263,8 @@ def _warn_data(plan, stats):
             'close to plain SVD. Pass more batches.')
     bad = max(((st.dropped + st.lost, st.rows + st.dropped) for _,st in seen), default=(0, 0))
     if bad[0]: _warn_user(f'{_not_finite(*bad)}: the data have NaN or Inf there, or the model overflows on them.')
+    if plan.replaced and all('not reached' in stats.missing.get(o.name, '') for o in plan.replaced):
+        _warn_user('none of the layers to be replaced is called on the data: all have plain SVD.')
     none = [n for n,why in stats.missing.items() if 'finite' in why]
     if none:
         _warn_user(f'{len(none)} layers got no finite row of data and have plain SVD: '

@@ -30,6 +30,7 @@ class Basis:
     weighted: bool = False                  # are errors in S comparable between layers?
     # what W is divided by while factors are computed: not 1 where its size would overflow or underflow
     scale: float = 1.
+    mark: tuple[float,...]|None = None      # of the weight that these directions were made for, see `solve._fingerprint`
 
     @torch.no_grad()
     def pair(self, 

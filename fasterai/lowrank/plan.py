@@ -22,7 +22,7 @@ from ..core.surgery import _become, copy_with
 from .factorize import Basis
 from .svd import Solver, _check_solver, trunc_error
 from .ranks import Layer, mk_policy
-from .solve import _basis, _bias, _check_finite, _divided, _empty, _filled, _mk, _packed, _tensors, _unpacked
+from .solve import _basis, _bias, _changed, _check_finite, _divided, _empty, _filled, _mk, _packed, _tensors, _unpacked, _warn_changed, _fingerprint
 
 # %% ../../nbs/lowrank/plan.ipynb #e36b672e
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def sites(self:DecompositionPlan,
         bias = getattr(s.module, 'bias', None) is not None
         if bias != o.bias:
             raise ValueError(f'plan expects {o.name!r} {"with" if o.bias else "without"} bias, the model has it '
-                f'{"with" if bias else "without"}. '
-                             'Was the plan made for another model?')
+                f'{"with" if bias else "without"}. Was the plan made for another model?')
         if s.reason: raise ValueError(f'{o.name!r} cannot be decomposed in this model: {s.reason}.')
     return {o.name: sites[o.name] for o in self.replaced}
 
@@ -178,8 +177,9 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
     if data is None:
         if (lost := [s.name for s in want if s.name not in self.bases]):
             raise ValueError(f'{lost[0]!r} was planned with calibration data, which a saved plan does not hold. '
-                'Pass plan.apply(model, data=…) or its '
-                             'saved statistics; plan.skeleton(model) makes the structure for an existing checkpoint.')
+                'Pass plan.apply(model, data=…) or its saved statistics; plan.skeleton(model) makes the structure for an existing checkpoint.')
+        _warn_changed([s for s in want if (b := self.bases[s.name]).mark is not None
+            and _changed(b.mark, _fingerprint(s.weight), (self[s.name].dtype, str(s.weight.dtype).removeprefix('torch.')))])
         return self.bases
     stats = data
     if not isinstance(data, Calibration):
@@ -227,6 +227,11 @@ def edit(self:DecompositionPlan,
     return replace(self, layers=tuple(map(f, self.layers)), policy=self.policy if '(edited)' in self.policy else self.policy+' (edited)')
 
 # %% ../../nbs/lowrank/plan.ipynb #ada19179
+def _note(policy, rows):
+    "What `policy` says of its choice, and of what errors that speaks"
+    note = policy.note(rows)
+    return f'{note}; without data: errors of the weights' if note and not any(o.calibrated for o in rows) else note
+
 @patch
 def replan(self:DecompositionPlan, 
     policy: 'float|int|dict|Policy',    # see `mk_policy`
@@ -241,7 +246,7 @@ def replan(self:DecompositionPlan,
         return replace(o, rank=None, reason='dense by policy') if o.can and o.asked else o
     calibrated = [o for o in self.note.split('; ') if o.startswith('calibrated')]
     return replace(self, layers=tuple(map(f, self.layers)), policy=repr(policy),
-        note='; '.join(filter(None, [policy.note(rows), *calibrated])))
+        note='; '.join(filter(None, [_note(policy, rows), *calibrated])))
 
 # %% ../../nbs/lowrank/plan.ipynb #38d36766
 @patch

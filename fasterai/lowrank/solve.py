@@ -11,9 +11,9 @@ import torch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from ..core.distributed import agreed, balanced, shared, world
-from ..core.modules import _warn_user, mk_pair
-from .factorize import Basis, factorize, shifted_bias
-from .svd import spectrum
+from ..core.modules import _double, _warn_user, mk_pair
+from .factorize import Basis, _times, factorize, shifted_bias
+from .svd import _slices, spectrum
 
 # %% ../../nbs/lowrank/solve.ipynb #9553b700
 _BAR_FROM = 2e10  # multiply-adds of factorization, about two seconds on two cores
@@ -36,6 +36,33 @@ def _divided(sites, verb, solve, pack=lambda o: o, unpack=lambda s, o: o):
     for s,o in zip(sites, owners):
         got = shared(pack(mine[s.name]) if o == rank else None, o, s.module.weight.device)
         yield s, mine.pop(s.name) if o == rank else unpack(s, got)
+
+# %% ../../nbs/lowrank/solve.ipynb #239bf061
+@torch.no_grad()
+def _fingerprint(
+    W: torch.Tensor, # weight (m, n)
+) -> tuple[float,...]: # its norm, and its products with eight pairs of fixed vectors
+    "Numbers that change by about as much as the weight does"
+    (m,n),rng = W.shape,torch.Generator().manual_seed(0)
+    v,Z = (torch.randn(o, dtype=torch.float64, generator=rng).to(_double(W[:0]).device) for o in ((n,), (8, m)))
+    size = sum(c.square().sum() for c in _slices(W)).sqrt()
+    return (float(size), *(Z @ _times(W, v)).tolist())
+
+# share of the norm by which rounding to a dtype may change a product
+_SAME = dict(float64=1e-6, float32=1e-6, float16=2e-3, bfloat16=1.5e-2)
+
+def _changed(mark, now, dtypes) -> bool:
+    "Do two fingerprints belong to weights that are further apart than rounding of one of `dtypes` to the other?"
+    off = sum((a - b)**2 for a,b in zip(mark, now))**.5
+    tol = 1e-6 if len({*dtypes}) == 1 else max(_SAME.get(o, 1.5e-2) for o in dtypes)
+    return off > 3*tol*max(mark[0], now[0])      # √8 times the norm is about the size of eight products
+
+def _warn_changed(sites):
+    "Warn of layers whose weights are not those that the plan was made for"
+    if not sites: return
+    first,n = sites[0].name or 'the model',len(sites) - 1
+    _warn_user(f'the weight{"s"[:n]} of {first!r}{f" (and {n} others)" if n > 1 else " (and another)" if n else ""} changed since the plan '
+               'was made: its errors no longer hold. Plan again.')
 
 # %% ../../nbs/lowrank/solve.ipynb #7e06055d
 def _check_finite(s):
@@ -63,8 +90,9 @@ def _basis(s, stats):
     if shape != (s.in_features, r):
         raise ValueError(f'the statistics of {s.name!r} are those of a layer with {shape[0]} inputs and smaller side {shape[1]}, '
             f'the model has Linear({s.in_features}→{s.out_features}). Were they collected on another model?')
-    try: return replace(factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None), W=None)
-    except torch.linalg.LinAlgError as e: _warn_user(f'{s.name or "the model"!r}: {e}.')
+    try: b = factorize(s.weight, stats=stats, centred=getattr(s.module, 'bias', None) is not None)
+    except torch.linalg.LinAlgError as e: return _warn_user(f'{s.name or "the model"!r}: {e}.')
+    return replace(b, W=None, mark=_fingerprint(s.weight))
 
 # %% ../../nbs/lowrank/solve.ipynb #8fc91838
 def _packed(b): return b if b is None else {f.name: getattr(b, f.name) for f in fields(b)}
