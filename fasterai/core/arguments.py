@@ -25,6 +25,17 @@ def _kind(o):
     if not isinstance(o, torch.Tensor): return type(o).__name__
     return ('' if o.layout is torch.strided else 'sparse ') + f'{str(o.dtype).removeprefix("torch.")}{tuple(o.shape)}'
 
+def _leaves(o) -> list:
+    "What lies in dicts, tuples and lists"
+    if isinstance(o, Mapping): o = o.values()
+    elif not _is_tuple(o): return [o]
+    return [l for v in o for l in _leaves(v)]
+
+def _is_text(o) -> bool:
+    "Does `o` hold text and nothing else?"
+    def text(v): return isinstance(v, (str, bytes)) or isinstance(v, np.ndarray) and (v.dtype.kind in 'US' or v.size and isinstance(v.flat[0], str))
+    return bool(ls := _leaves(o)) and all(map(text, ls))
+
 # %% ../../nbs/core/arguments.ipynb #29889982
 def _inner(model): return next((_inner(m) for k in ('module','_orig_mod') if isinstance(m := getattr(model, k, None), nn.Module)), model)
 
@@ -175,7 +186,8 @@ def _dict_args(f: _Forward, batch):
     kw = {k: v for k,v in batch.items() if f.any_name or k in f.names}
     if kw: return (), kw, tuple(v for k,v in batch.items() if k not in kw)
     keys = ', '.join(map(repr, list(batch)[:5])) + ', …'*(len(batch) > 5) or 'nothing'
-    raise ValueError(f'{f}; the batch has {keys}.')
+    way = ' Tokenize the text first.' if any(map(_is_text, batch.values())) else ''
+    raise ValueError(f'{f}; the batch has {keys}.{way}')
 
 # %% ../../nbs/core/arguments.ipynb #b7c1d212
 def model_args(
