@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 import torch, torch.nn.functional as F
 from torch import nn
-from ..core.batches import _explained, _Bar, _rng_kept, _seed, Batches, left_as_found
+from ..core.batches import _Bar, _explained, _rng_kept, _seed, Batches, left_as_found
 from ..core.modules import _warn_user, copy_with, is_pair
 from ..core.collect import _outputs
 
