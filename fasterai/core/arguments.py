@@ -205,6 +205,7 @@ def model_args(
         batch = {k: v for k,v in zip(fields, batch) if k in f.names and not _TARGETS.fullmatch(k)}
     if isinstance(batch, Mapping): return _dict_args(f, batch)
     if not _is_tuple(batch) or not batch: return (batch,), {}, ()
+    if f.needed < 2 and all(isinstance(o, str) for o in batch): return (batch,), {}, ()     # texts, for a model that tokenizes itself
     if isinstance(batch[0], Mapping) and n_inp in (None, 1): return *_dict_args(f, batch[0])[:2], tuple(batch[1:])
     if n_inp is None and _nested(f, batch): return *_all_inputs(f, batch[0]), tuple(batch[1:])
     splits,key = {} if splits is None else splits,len(batch)
