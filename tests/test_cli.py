@@ -456,6 +456,17 @@ def test_integers_that_were_cast_with_everything_else(cli, weights):
     assert {str(v.dtype) for k,v in got.items() if 'num_batches' in k} == {'torch.int64'} and got['conv1.weight'].dtype is torch.float16
     got = load_weights(resnet18(num_classes=10), 'half.safetensors')
     assert all(torch.equal(v, model.state_dict()[k]) for k,v in got.state_dict().items() if 'num_batches' in k)
+    class Indexed(nn.BatchNorm1d):
+        def __init__(self):
+            super().__init__(2)
+            for k,v in dict(ids=torch.arange(5), mask=torch.tensor([True, False])).items(): self.register_buffer(k, v)
+    sd = Indexed().state_dict() | {'num_batches_tracked': torch.tensor(4097)}
+    torch.save({k: v.bfloat16() for k,v in sd.items()}, 'all.pt')
+    got = load_weights(Indexed(), 'all.pt')
+    assert got.num_batches_tracked.item() == 4096 and torch.equal(got.ids, sd['ids']) and torch.equal(got.mask, sd['mask'])
+    for bad in (257., .5, float('nan')):    # bfloat16 has no 257
+        torch.save({k: v.bfloat16() for k,v in (sd | {'ids': torch.full((5,), bad)}).items()}, 'bad.pt')
+        with pytest.raises(ValueError, match='ids is a buffer of integers .torch.int64. and was stored as torch.bfloat16, which lost their values'): load_weights(Indexed(), 'bad.pt')
 
 
 def test_statistics_of_a_batch_norm_are_no_parameters(cli, weights):

@@ -85,7 +85,7 @@ def load_weights(
     want = model.state_dict(keep_vars=True)
     sd = _tied(want, training_weights(sd, want, where=str(path)), path)
     _check_keys(want, sd, path)
-    sd = {k: v if (whole := _whole(want[k], v)) is None else whole for k,v in sd.items()}
+    sd = {k: v if (whole := _whole(k, want[k], v)) is None else whole for k,v in sd.items()}
     for k,v in want.items():
         if isinstance(v, torch.Tensor) and v.dtype != sd[k].dtype: v.data = v.data.to(sd[k].dtype)     # the dtype of the file, ties stay
     model.load_state_dict(sd)
@@ -94,9 +94,9 @@ def load_weights(
 # %% ../../nbs/core/weights.ipynb #fe41dbda
 def _some(ks): return _quoted(sorted(ks))
 
-def _whole(old, t):
+def _whole(name, old, t):
     "`t` as the integers that it was before all of a state dict was cast, where `old` is a buffer of integers; None if there is nothing to do"
-    return None if isinstance(old, nn.Parameter) or not isinstance(old, torch.Tensor) else _whole_again(t, old.dtype)
+    return None if isinstance(old, nn.Parameter) or not isinstance(old, torch.Tensor) else _whole_again(name, t, old.dtype)
 
 def _tied(want, sd, path):
     "`sd` with all names of a tied tensor, where the file has one of them"
@@ -123,7 +123,7 @@ def _check_keys(want, sd, path):
         if not isinstance(v, torch.Tensor): continue
         if sd[k].shape != v.shape:
             raise ValueError(f'{path}: {k} has shape {tuple(sd[k].shape)}, the model has {tuple(v.shape)}. Wrong --arch-args?')
-        if v.is_floating_point() != sd[k].is_floating_point() and _whole(v, sd[k]) is None:
+        if v.is_floating_point() != sd[k].is_floating_point() and _whole(k, v, sd[k]) is None:
             if not isinstance(v, nn.Parameter) and sd[k].is_floating_point(): raise ValueError(
                 f'{path}: {k} is a buffer of integers ({v.dtype}) and was stored as {sd[k].dtype}, which lost their values. '
                 'Cast only what is_floating_point() when you save.')
