@@ -33,7 +33,9 @@ def _leaves(o) -> list:
 
 def _is_text(o) -> bool:
     "Does `o` hold text and nothing else?"
-    def text(v): return isinstance(v, (str, bytes)) or isinstance(v, np.ndarray) and (v.dtype.kind in 'US' or v.size and isinstance(v.flat[0], str))
+    def text(v):
+        if not isinstance(v, np.ndarray): return isinstance(v, (str, bytes))
+        return v.dtype.kind in 'US' or v.dtype.kind == 'O' and v.size > 0 and isinstance(v.flat[0], str)
     return bool(ls := _leaves(o)) and all(map(text, ls))
 
 # %% ../../nbs/core/arguments.ipynb #29889982

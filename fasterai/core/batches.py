@@ -55,7 +55,8 @@ def _no_text(data, batch) -> TypeError:
     "The error for a model that cannot read the text in `batch`, which is one of `data`"
     def what(o): return 'an array of str' if isinstance(o, np.ndarray) else f'a {type(o).__name__}' + (
         f' of {" and ".join(dict.fromkeys(type(v).__name__ for v in _leaves(o)))}' if isinstance(o, Mapping) or _is_tuple(o) else '')
-    got = f'got {what(data)}' if isinstance(data, (Mapping, list, tuple, np.ndarray)) and _is_text(data) else f'and a batch is {what(batch)}'
+    whole = isinstance(data, (Mapping, list, tuple, np.ndarray)) and _is_text(data)
+    got = f'got {what(data)}' if whole else f'and a batch is {what(batch)}'
     return TypeError(f'data must be batches of tensors, {got}: tokenize first, and pass what the tokenizer returns.')
 
 # %% ../../nbs/core/batches.ipynb #36904cd4

@@ -259,7 +259,7 @@ def _whole_again(
 ) -> torch.Tensor|None:     # None where nothing has to be done, or where values were lost
     "An integer buffer that was cast to floating-point numbers with everything else, as integers"
     if not t.is_floating_point() or dtype.is_floating_point or dtype.is_complex: return None
-    low = (t.abs() < 2/torch.finfo(t.dtype).eps).all()  # from there on, not each integer has a number: wrong for indices, good enough for a count
+    low = (t.abs() < 2/torch.finfo(t.dtype).eps).all()  # above, integers are rounded: wrong for indices, harmless for a count
     known = t.isfinite().all() and (low or name.endswith('num_batches_tracked'))
     return res if known and torch.equal((res := t.to(dtype)).to(t.dtype), t) else None
 

@@ -210,7 +210,8 @@ def load_compressed(
     device: torch.device|str|None = None,                   # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                             # a new model, in the mode (training or not) of the dense one
     "The compressed model in a folder, without data; loads strictly"
-    if not isinstance(folder, (str, os.PathLike)): raise TypeError(f'the folder comes first: load_compressed(folder, model). Got {type(folder).__name__} as folder.')
+    if not isinstance(folder, (str, os.PathLike)): raise TypeError(
+        f'the folder comes first: load_compressed(folder, model). Got {type(folder).__name__} as folder.')
     folder = _store_of(folder) or Path(folder)
     plans,tensors,buffers = _stored_plans(folder)
     ck = _open(folder/_FILE)

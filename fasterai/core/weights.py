@@ -95,7 +95,7 @@ def load_weights(
 def _some(ks): return _quoted(sorted(ks))
 
 def _whole(name, old, t):
-    "`t` as the integers that it was before all of a state dict was cast, where `old` is a buffer of integers; None if there is nothing to do"
+    "`t` as integers, where `old` is a buffer of integers and all of the file was cast; None if there is nothing to do"
     return None if isinstance(old, nn.Parameter) or not isinstance(old, torch.Tensor) else _whole_again(name, t, old.dtype)
 
 def _tied(want, sd, path):

@@ -221,7 +221,8 @@ def load_decomposed(
     device: torch.device|str|None = None,           # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                     # a new model, in the mode (training or not) of the dense one, dtypes from the file
     "The model in a decomposed checkpoint, without any SVD; loads strictly"
-    if not isinstance(path, (str, os.PathLike)): raise TypeError(f'the model comes first: load_decomposed(model, path). Got {type(path).__name__} as path.')
+    if not isinstance(path, (str, os.PathLike)): raise TypeError(
+        f'the model comes first: load_decomposed(model, path). Got {type(path).__name__} as path.')
     if (folder := _store_of(path)): return load_compressed(folder, model, device=device)
     ck = _open(path)
     plan = _plan_of(ck)
