@@ -7,6 +7,7 @@ __all__ = ['fasterai_decompose']
 
 # %% ../nbs/cli.ipynb #36632072
 import json, os, re, sys, warnings
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -166,7 +167,7 @@ def _quiet() -> Iterator[None]:
 def _parser():
     "The parser of the options; its errors are ValueErrors"
     p = anno_parser(fasterai_decompose, prog='fasterai_decompose', pos=['model'])
-    known = [o for a in p._actions for o in a.option_strings]
+    known = [o for a in p._actions for o in a.option_strings if a.help != SUPPRESS]
     def error(message):
         if (m := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message)):
             message = f'{m[1]} must be {"a number" if m[2] == "float" else "a whole number"}, got {m[3]}'

@@ -440,6 +440,20 @@ def test_overwrite_replaces_a_folder(src, model, tmp_path):
     same(tensors(tmp_path/'dst'), FC_Decomposer(.5).decompose(model).state_dict())
     assert not (tmp_path/'dst.partial').exists()
 
+def test_rank_ratio_is_a_share_as_everywhere(src, model, tmp_path):
+    assert decompose_checkpoint(src, tmp_path/'a.safetensors', rank_ratio=.25, model=Net) == decompose_checkpoint(src, tmp_path/'b.safetensors', .25, model=Net)
+    assert (tmp_path/'a.safetensors').read_bytes() == (tmp_path/'b.safetensors').read_bytes()
+    assert decompose_checkpoint(src, tmp_path/'c.safetensors', model=Net) == decompose_checkpoint(src, tmp_path/'d.safetensors', .5, model=Net)
+    for kw,text in (dict(policy=4), 'pass rank_ratio=0.3 or policy=4, not both'), ({}, 'rank_ratio must be in .0, 1., got 30'):
+        with pytest.raises(ValueError, match=text): decompose_checkpoint(src, tmp_path/'e.safetensors', model=Net, rank_ratio=.3 if kw else 30, **kw)
+    assert not any('.partial' in o.name or o.name[0] == 'e' for o in tmp_path.iterdir())
+
+def test_integers_that_were_cast_are_integers_again(model, tmp_path):
+    save_file({k: v.half() for k,v in model.state_dict().items()}, tmp_path/'half.safetensors')
+    decompose_checkpoint(tmp_path/'half.safetensors', tmp_path/'s.safetensors', .25, model=Net)
+    small = load_decomposed(Net, tmp_path/'s.safetensors')
+    assert torch.equal(small.steps, torch.tensor(7)) and small.norm.num_batches_tracked.dtype is torch.int64 and small.norm.running_var.dtype is torch.float16
+
 def test_a_result_is_not_decomposed_again(src, tmp_path):
     decompose_checkpoint(src, tmp_path/'s.safetensors', .25, model=Net)
     with pytest.raises(ValueError, match='decomposed checkpoint already'): decompose_checkpoint(tmp_path/'s.safetensors', tmp_path/'t.safetensors', .25, layers='*')
@@ -447,6 +461,8 @@ def test_a_result_is_not_decomposed_again(src, tmp_path):
 def test_loading_what_does_not_fit(src, model, tmp_path):
     decompose_checkpoint(src, tmp_path/'s.safetensors', .25, model=Net)
     with pytest.raises(ValueError, match='holds no plan: it was not written by decompose_checkpoint'): load_decomposed(Net, src)
+    with pytest.raises(ValueError, match=f"plan.save.'{tmp_path/'plan.json'}'.*or save both with save_compressed"): load_decomposed(Net, src)
+    with pytest.raises(TypeError, match='the model comes first: load_decomposed.model, path.. Got type as path'): load_decomposed(src, Net)
     with pytest.raises(ValueError, match='Was the plan made for another model'): load_decomposed(lambda: Net(d=32), tmp_path/'s.safetensors')
     with pytest.raises(ValueError, match='no config.json'): load_decomposed(None, tmp_path/'s.safetensors')
     with pytest.raises(FileNotFoundError, match='no such file'): load_decomposed(Net, tmp_path/'nope')

@@ -180,6 +180,9 @@ BAD = {
     'no layer name': ([*RESNET, '--weights', 'w.pt', '--layers', ' , '], '--layers takes names of layers'),
     'nothing left': ([*RESNET, '--weights', 'w.pt', '--exclude', 'fc'], 'nothing to decompose (fc: '),
     'unknown option': (['--rank-ration', '0.3'], "'--rank-ration' is no option. Closest: --rank-ratio"),
+    'unknown option, shorter': (['--ratio', '0.3'], "'--ratio' is no option. Closest: --rank-ratio."),
+    'unknown function': (['--arch', 'torchvision.models:resnet81', '--weights', 'w.pt'], "module 'torchvision.models' has no 'resnet81'. Closest: 'resnet1"),
+    'integers that were lost': ([*RESNET, '--weights', 'inf.pt'], 'bn1.num_batches_tracked is a buffer of integers (torch.int64) and was stored as torch.float16'),
     'option without value': (['--out'], '--out needs a value'),
     'no name for out': ([*RESNET, '--weights', 'w.pt', '--out', ''], '--out is the name of a folder'),
     'no folder for out': ([*RESNET, '--weights', 'w.pt', '--out', 'a/b/c'], 'does not exist'),
@@ -195,6 +198,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, weights, args, text):
     model,d = weights
     for f in ('w.pt', 'w.safetensors'): os.link(d/f, f)
     for f in ('w.pt', 'w.safetensors'): Path(f'cut{Path(f).suffix}').write_bytes(Path(f).read_bytes()[:5000])
+    torch.save({k: v.half()*70000 if 'num' in k else v for k,v in (model.state_dict() | {'bn1.num_batches_tracked': torch.ones(1)[0]}).items()}, 'inf.pt')
     Path('text.pt').write_text('hello')
     Path('folder').mkdir()
     Path('link').symlink_to('nowhere')
@@ -442,3 +446,30 @@ def test_result_in_a_linked_folder(cli, weights, tmp_path):
     Path('small').symlink_to(tmp_path/'big')
     assert cli(*RESNET, '--weights', d/'w.pt', '--out', 'small')[0] == 0
     assert Path('small').is_symlink() and {p.name for p in (tmp_path/'big').iterdir()} == {'model.safetensors', 'plan.json', 'plan.png'}
+
+
+def test_integers_that_were_cast_with_everything_else(cli, weights):
+    model,_ = weights
+    save_file({k: v.half() for k,v in model.state_dict().items()}, 'half.safetensors')
+    assert cli(*RESNET, '--weights', 'half.safetensors', '--out', 'small')[0] == 0
+    got = load_file('small/model.safetensors')
+    assert {str(v.dtype) for k,v in got.items() if 'num_batches' in k} == {'torch.int64'} and got['conv1.weight'].dtype is torch.float16
+    got = load_weights(resnet18(num_classes=10), 'half.safetensors')
+    assert all(torch.equal(v, model.state_dict()[k]) for k,v in got.state_dict().items() if 'num_batches' in k)
+    class Indexed(nn.BatchNorm1d):
+        def __init__(self):
+            super().__init__(2)
+            for k,v in dict(ids=torch.arange(5), mask=torch.tensor([True, False])).items(): self.register_buffer(k, v)
+    sd = Indexed().state_dict() | {'num_batches_tracked': torch.tensor(4097)}
+    torch.save({k: v.bfloat16() for k,v in sd.items()}, 'all.pt')
+    got = load_weights(Indexed(), 'all.pt')
+    assert got.num_batches_tracked.item() == 4096 and torch.equal(got.ids, sd['ids']) and torch.equal(got.mask, sd['mask'])
+    for bad in (257., .5, float('nan')):    # bfloat16 has no 257
+        torch.save({k: v.bfloat16() for k,v in (sd | {'ids': torch.full((5,), bad)}).items()}, 'bad.pt')
+        with pytest.raises(ValueError, match='ids is a buffer of integers .torch.int64. and was stored as torch.bfloat16, which lost their values'): load_weights(Indexed(), 'bad.pt')
+
+
+def test_statistics_of_a_batch_norm_are_no_parameters(cli, weights):
+    model,d = weights
+    _,out,_ = cli('--checkpoint', d/'w.safetensors', '--layers', 'fc', '--out', 'small.safetensors')
+    assert f'{sum(p.numel() for p in model.parameters()):,}' in out

@@ -540,3 +540,19 @@ def test_one_process_writes(tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '0')
     learn.save_compressed(tmp_path/'x')
     assert same(load_compressed(tmp_path/'x', Net), learn.model)
+
+def test_the_file_stands_for_its_folder(tmp_path):
+    m = built()
+    plan = make_plan(m, 4)
+    save_compressed(plan.apply(m), tmp_path/'small', plan)
+    f = tmp_path/'small'/'model.safetensors'
+    for small in (load_compressed(f, Net), load_decomposed(Net, f), load_decomposed(Net, str(f))): assert same(small, plan.apply(m))
+    with pytest.raises(ValueError, match='decomposed checkpoint already'): decompose_checkpoint(f, tmp_path/'again', .5, model=Net)
+    with pytest.raises(TypeError, match='the folder comes first: load_compressed.folder, model.. Got NoneType as folder'): load_compressed(None, f)
+
+def test_plans_that_are_not_there(tmp_path):
+    plan = make_plan(built(), 4)
+    with pytest.raises(FileNotFoundError, match='^no such file: nope.json.$'): DecompositionPlan.load('nope.json')
+    with pytest.raises(IsADirectoryError, match='is a folder: pass the file in it'): DecompositionPlan.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f'^the folder {tmp_path}/no does not exist. Make it first.$'): plan.save(tmp_path/'no'/'plan.json')
+    assert not any(tmp_path.iterdir())

@@ -1,9 +1,11 @@
 "A model, a Learner, data or a plan in the wrong place: one short sentence, never the repr of a model"
 import inspect, warnings
+from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.basics import DataLoaders, Learner
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers import BatchEncoding
 from fasterai.core.batches import _short
 from fasterai.misc.all import *
 
@@ -89,10 +91,18 @@ METHODS = pytest.mark.parametrize('method', ['plan', 'decompose'])
 
 @METHODS
 @pytest.mark.parametrize('thing,hint', [('learner', '; pass learn.model'), ('loaders', '; data come second'), ('loader', '; data come second'), ('tensor', '; data come second'),
-    ('array', '; data come second'), ('module_class', '; pass an instance of Linear'), ('decomposer', ''), ('plan', ''), ('statistics', ''), ('text', '')])
+    ('array', '; data come second'), ('module_class', '; pass an instance of Linear'), ('decomposer', ''), ('plan', ''), ('statistics', ''),
+    ('text', '; load it into a model first: model.load_state_dict(…), or pass the file to decompose_checkpoint')])
 def test_the_model_comes_first(method, thing, hint):
     name = type(THINGS[thing]).__name__
     assert error(getattr(FC, method), THINGS[thing]) == f'model must be a torch.nn.Module, got {name}{hint}.'
+
+@METHODS
+@pytest.mark.parametrize('x,hint', [(MODEL.state_dict(), 'OrderedDict; load it into a model first: model.load_state_dict(…).'),
+    (Path('m.pth'), '; load it into a model first: model.load_state_dict(…), or pass the file to decompose_checkpoint.'), (BatchEncoding({'x': X}), 'BatchEncoding.')])
+def test_weights_in_place_of_a_model(method, x, hint):
+    message = error(getattr(FC, method), x)
+    assert message.startswith('model must be a torch.nn.Module, got ') and message.endswith(hint)
 
 @METHODS
 @pytest.mark.parametrize('thing', ['learner', 'loaders', 'loader', 'tensor', 'array', 'statistics', 'text'])

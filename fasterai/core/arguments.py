@@ -25,6 +25,19 @@ def _kind(o):
     if not isinstance(o, torch.Tensor): return type(o).__name__
     return ('' if o.layout is torch.strided else 'sparse ') + f'{str(o.dtype).removeprefix("torch.")}{tuple(o.shape)}'
 
+def _leaves(o) -> list:
+    "What lies in dicts, tuples and lists"
+    if isinstance(o, Mapping): o = o.values()
+    elif not _is_tuple(o): return [o]
+    return [l for v in o for l in _leaves(v)]
+
+def _is_text(o) -> bool:
+    "Does `o` hold text and nothing else?"
+    def text(v):
+        if not isinstance(v, np.ndarray): return isinstance(v, (str, bytes))
+        return v.dtype.kind in 'US' or v.dtype.kind == 'O' and v.size > 0 and isinstance(v.flat[0], str)
+    return bool(ls := _leaves(o)) and all(map(text, ls))
+
 # %% ../../nbs/core/arguments.ipynb #29889982
 def _inner(model): return next((_inner(m) for k in ('module','_orig_mod') if isinstance(m := getattr(model, k, None), nn.Module)), model)
 
@@ -175,7 +188,8 @@ def _dict_args(f: _Forward, batch):
     kw = {k: v for k,v in batch.items() if f.any_name or k in f.names}
     if kw: return (), kw, tuple(v for k,v in batch.items() if k not in kw)
     keys = ', '.join(map(repr, list(batch)[:5])) + ', …'*(len(batch) > 5) or 'nothing'
-    raise ValueError(f'{f}; the batch has {keys}.')
+    way = ' Tokenize the text first.' if any(map(_is_text, batch.values())) else ''
+    raise ValueError(f'{f}; the batch has {keys}.{way}')
 
 # %% ../../nbs/core/arguments.ipynb #b7c1d212
 def model_args(
@@ -193,6 +207,7 @@ def model_args(
         batch = {k: v for k,v in zip(fields, batch) if k in f.names and not _TARGETS.fullmatch(k)}
     if isinstance(batch, Mapping): return _dict_args(f, batch)
     if not _is_tuple(batch) or not batch: return (batch,), {}, ()
+    if f.needed < 2 and all(isinstance(o, str) for o in batch): return (batch,), {}, ()     # texts, for a model that tokenizes itself
     if isinstance(batch[0], Mapping) and n_inp in (None, 1): return *_dict_args(f, batch[0])[:2], tuple(batch[1:])
     if n_inp is None and _nested(f, batch): return *_all_inputs(f, batch[0]), tuple(batch[1:])
     splits,key = {} if splits is None else splits,len(batch)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.utils.data import Dataset
-from .arguments import _Forward, _is_tuple, _kind, _plain, _recognized, model_args
+from .arguments import _Forward, _is_text, _is_tuple, _kind, _leaves, _plain, _recognized, model_args
 
 # %% ../../nbs/core/batches.ipynb #0d915d99
 def _train_batches(dls):
@@ -50,6 +50,14 @@ def _way_out(data) -> str|None:
     if isinstance(data, FilteredBase): return 'It holds single items: pass its dataloaders().'
     if hasattr(type(data), 'column_names') or isinstance(data, Dataset) and not isinstance(data, Iterable):
         return 'It holds single samples: pass torch.utils.data.DataLoader(data, batch_size=64).'
+
+def _no_text(data, batch) -> TypeError:
+    "The error for a model that cannot read the text in `batch`, which is one of `data`"
+    def what(o): return 'an array of str' if isinstance(o, np.ndarray) else f'a {type(o).__name__}' + (
+        f' of {" and ".join(dict.fromkeys(type(v).__name__ for v in _leaves(o)))}' if isinstance(o, Mapping) or _is_tuple(o) else '')
+    whole = isinstance(data, (Mapping, list, tuple, np.ndarray)) and _is_text(data)
+    got = f'got {what(data)}' if whole else f'and a batch is {what(batch)}'
+    return TypeError(f'data must be batches of tensors, {got}: tokenize first, and pass what the tokenizer returns.')
 
 # %% ../../nbs/core/batches.ipynb #36904cd4
 class Batches:
@@ -106,6 +114,7 @@ def args(self:Batches,
         raise TypeError(f'data must be batches of tensors, and a batch is {_short(batch)}. Put the rows into one tensor (batch, …).')
     args,kw,targets = model_args(model, batch, self._n_inp(model, batch), splits=self.splits)
     if self.single and len(targets) > 2:
+        if _is_text(batch): raise _no_text(self.dls, batch)
         raise ValueError(f'a tuple is one batch, and forward takes {len(args)+len(kw)} of its {len(batch)} items. '
                          'Pass several batches as a list.')
     return args, kw, targets
@@ -150,6 +159,19 @@ def left_as_found(
         for p,f in zip(params, flags):
             if p.requires_grad != f: p.requires_grad_(f)
 
+# %% ../../nbs/core/batches.ipynb #b7c1d2f3
+_FAILS = (RuntimeError, TypeError, LookupError, ValueError, AttributeError, AssertionError)     # what a model may raise
+
+@contextmanager
+def _explained(b: Batches, model, batch, i, args, kw):
+    "An error of `model` on batch `i` says what it was given"
+    try: yield
+    except _FAILS as e:
+        if not b.fn and _is_text([args, kw]): raise _no_text(b.dls, batch) from e
+        what = '' if b.fn else f': {_kinds(args, kw)}'
+        if hasattr(e, 'add_note'): e.add_note(f'The model failed on batch {i} of data{what}.{_other_dtype(model, [args, kw], str(e))}')
+        raise
+
 # %% ../../nbs/core/batches.ipynb #319d4b36
 def run_batches(
     model: nn.Module,           # in eval mode while it runs, left as found
@@ -167,12 +189,7 @@ def run_batches(
         for batch in (b if progress is None else _Bar(b, progress)):
             n += 1
             args,kw,targets = ((), {}, ()) if b.fn else b.args(model, batch)
-            try:
-                with torch.set_grad_enabled(grad): out = b.fn(model) if b.fn else model(*args, **kw)
-            except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as e:
-                what = '' if b.fn else f': {_kinds(args, kw)}'
-                if hasattr(e, 'add_note'): e.add_note(f'The model failed on batch {n-1} of data{what}.')
-                raise
+            with _explained(b, model, batch, n-1, args, kw), torch.set_grad_enabled(grad): out = b.fn(model) if b.fn else model(*args, **kw)
             yield out, targets
     once = ' An iterator can be gone through only once: pass a list.' if isinstance(b.dls, Iterator) else ''
     if n == 0 and place[1] == 1: raise ValueError(f'data has no batches.{once}')
@@ -182,6 +199,20 @@ def _kinds(args, kw):
     odd = [o for o in chain(args, kw.values()) if not isinstance(o, torch.Tensor) or o.layout is not torch.strided]
     what = ', '.join([*map(_kind, args), *[f'{k}={_kind(v)}' for k,v in kw.items()]])
     return what + ('. Batches hold dense tensors or NumPy arrays' if odd else '')
+
+_CASTS = {torch.float64: 'double', torch.float32: 'float', torch.float16: 'half', torch.bfloat16: 'bfloat16'}
+
+def _other_dtype(model, given, error):
+    "A sentence where `error` is about types and the tensors in `given` have another one than `model`; '' if not"
+    if 'type' not in error.lower() or 'indices' in error: return ''     # indices of a table are integers in any model
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    ts,whole = [t for t in _leaves(given) if isinstance(t, torch.Tensor)],any(isinstance(m, nn.Embedding) for m in model.modules())
+    has = next((t.dtype for t in ts if t.is_floating_point() or not whole), own)
+    if has == own or own is None: return ''
+    other = f', or call model.{_CASTS[has]}()' if has in _CASTS else ''
+    return f' The batch is {_bare(has)}, the model {_bare(own)}: pass data in its dtype{other}.'
+
+def _bare(dtype): return str(dtype).removeprefix('torch.')
 
 # %% ../../nbs/core/batches.ipynb #0875a90d
 def _seed():

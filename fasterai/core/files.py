@@ -23,6 +23,7 @@ def _atomic(path, overwrite):
     path = Path(path)
     if path.exists() and not overwrite: raise FileExistsError(f'{path} exists. Pass overwrite=True to replace it.')
     path = Path(os.path.realpath(path))     # a link stays, the file it leads to is replaced
+    if not path.parent.is_dir(): raise FileNotFoundError(f'the folder {path.parent} does not exist. Make it first.')
     fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name+'.')
     os.close(fd)
     try:

@@ -7,6 +7,7 @@ __all__ = ['LowRankLinear', 'LowRankHead', 'mk_pair', 'is_pair', 'LinearSite', '
            'count_params']
 
 # %% ../../nbs/core/modules.ipynb #c7976e9a
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -155,7 +156,9 @@ def find_linears(
     if not isinstance(model, nn.Module):
         hint = ('; pass learn.model' if isinstance(getattr(model, 'model', None), nn.Module) else f'; pass an instance of {model.__name__}'
             if isinstance(model, type) else '; data come second' if any(hasattr(model, k) for k in ('__iter__','loaders'))
-            and not isinstance(model, (str, Mapping)) else '')
+            and not isinstance(model, (str, Mapping)) else '; load it into a model first: model.load_state_dict(…)'
+            if isinstance(model, (str, os.PathLike, dict)) else '')
+        if isinstance(model, (str, os.PathLike)): hint += ', or pass the file to decompose_checkpoint'
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}{hint}.')
     types,inside,away,owners,r,heads = tuple(types),_inside(model),_away(model),_owners(model),_walk(model),_heads(model)
     names = defaultdict(list)

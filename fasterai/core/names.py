@@ -252,6 +252,17 @@ def _emptied(model):
     with torch.inference_mode(False), torch.no_grad(), _Detached(): return deepcopy(model, memo)
 
 # %% ../../nbs/core/names.ipynb #b7326043
+def _whole_again(
+    name: str,
+    t: torch.Tensor,        # a buffer, from a file
+    dtype: torch.dtype,     # of the model
+) -> torch.Tensor|None:     # None where nothing has to be done, or where values were lost
+    "An integer buffer that was cast to floating-point numbers with everything else, as integers"
+    if not t.is_floating_point() or dtype.is_floating_point or dtype.is_complex: return None
+    low = (t.abs() < 2/torch.finfo(t.dtype).eps).all()  # above, integers are rounded: wrong for indices, harmless for a count
+    known = t.isfinite().all() and (low or name.endswith('num_batches_tracked'))
+    return res if known and torch.equal((res := t.to(dtype)).to(t.dtype), t) else None
+
 def _tensors(model, seen, device):
     "Name in the state dict -> tensor; tied names get one"
     res,want,made = {},model.state_dict(keep_vars=True),{}
@@ -266,6 +277,7 @@ def _tensors(model, seen, device):
         for k in have[1:]:
             if not torch.equal(get(k), t): raise ValueError(f'{have[0]!r} and {k!r} are tied in the model, but differ in {seen.path}.')
         old = want[names[0]]
+        if not isinstance(old, nn.Parameter) and (whole := _whole_again(names[0], t, old.dtype)) is not None: t = whole
         if isinstance(old, nn.Parameter): t = nn.Parameter(t, old.requires_grad and t.is_floating_point())
         res |= dict.fromkeys(names, t)
     return res

@@ -169,6 +169,8 @@ def load(cls:Plan,
     path: str|os.PathLike,   # file written by `save`
 ) -> Plan:                   # of the class that the file names
     "Read a plan"
+    if not Path(path).exists(): raise FileNotFoundError(f'no such file: {path}.')
+    if Path(path).is_dir(): raise IsADirectoryError(f'{path} is a folder: pass the file in it that plan.save wrote, such as plan.json.')
     try: text = Path(path).read_text(encoding='utf-8')
     except UnicodeDecodeError as e: raise ValueError(f'{path} is not a plan: not valid JSON ({e}).') from None
     return cls.from_json(text, where=str(path))

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from .batches import _Bar, _rng_kept, Batches, left_as_found
+from .batches import _Bar, _explained, _rng_kept, Batches, left_as_found
 from .collect import _Collector, _outputs, _rows
 from .hooks import _hooked
 from .latency import _latencies
@@ -146,8 +146,10 @@ def _run_both(before, after, b, col):
     for batch in _Bar(b, 'compare'):
         calls,n = [_call(m, b, batch) for m in (before, after)],n + 1
         if first is None: first = [_call(m, b, batch) for m in (before, after)]
-        with _rng_kept(_device(before)), _hooked(before, col): z = calls[0]()
-        d,s = _squares(z, calls[1](), None if b.fn else col.mask)
+        def out(i):
+            with _explained(b, (before, after)[i], batch, n-1, calls[i].args, calls[i].keywords): return calls[i]()
+        with _rng_kept(_device(before)), _hooked(before, col): z = out(0)
+        d,s = _squares(z, out(1), None if b.fn else col.mask)
         diff,norm = diff + d,norm + s
     if n == 0: raise ValueError('data has no batches.')
     return math.sqrt(diff/norm) if norm else math.nan, first, n

@@ -24,7 +24,13 @@ from .plan import Plan, _kinds
 # %% ../../nbs/core/store.ipynb #af8f8149
 _NAME,_TYPE,_VERSION,_FILE = 'plans.json','fasterai.Plans',1,'model.safetensors'
 
-def _is_store(path: str|os.PathLike) -> bool: return (Path(path)/_NAME).is_file()
+def _store_of(
+    path: str|os.PathLike,  # folder, or the file of weights in it
+) -> Path|None:             # the folder; None where `save_compressed` did not write it
+    "Where the plans of a saved model lie"
+    path = Path(path)
+    folder = path.parent if path.name == _FILE and path.is_file() else path
+    return folder if (folder/_NAME).is_file() else None
 
 def _lean(plan):
     "`plan` without what only new choices would need"
@@ -151,7 +157,7 @@ def _plan_from(d, where):
 def _stored_plans(folder):
     "Plans in order, and the dtypes of all tensors in the file and of buffers that are in none, by name"
     if not folder.exists(): raise FileNotFoundError(f'no such folder: {folder}.')
-    if not _is_store(folder): raise FileNotFoundError(f'{folder} holds no {_NAME}, so it was not written by save_compressed. '
+    if _store_of(folder) is None: raise FileNotFoundError(f'{folder} holds no {_NAME}, so it was not written by save_compressed. '
         'load_decomposed(model, folder) reads what decompose_checkpoint wrote, and a model with plan.json beside it.')
     f = folder/_NAME
     try: d = json.loads(f.read_text(encoding='utf-8'))
@@ -204,8 +210,9 @@ def load_compressed(
     device: torch.device|str|None = None,                   # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                             # a new model, in the mode (training or not) of the dense one
     "The compressed model in a folder, without data; loads strictly"
-    if callable(folder): raise TypeError(f'the folder comes first: load_compressed(folder, model). Got {type(folder).__name__} as folder.')
-    folder = Path(folder)
+    if not isinstance(folder, (str, os.PathLike)): raise TypeError(
+        f'the folder comes first: load_compressed(folder, model). Got {type(folder).__name__} as folder.')
+    folder = _store_of(folder) or Path(folder)
     plans,tensors,buffers = _stored_plans(folder)
     ck = _open(folder/_FILE)
     _check_file(ck, tensors)

@@ -7,12 +7,14 @@ __all__ = ['build_arch', 'load_weights']
 
 # %% ../../nbs/core/weights.ipynb #ce7a72ce
 import importlib, json, os, pickle, re
+from difflib import get_close_matches
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from .files import _quoted, training_weights
+from .names import _whole_again
 
 # %% ../../nbs/core/weights.ipynb #e7ca16f7
 # what a model function may raise
@@ -27,7 +29,7 @@ def build_arch(
     if not mod or not fn: raise ValueError(f"--arch must be 'module:function', such as torchvision.models:vgg16_bn, got {arch!r}.")
     try: f = getattr(importlib.import_module(mod), fn)
     except ImportError as e: raise ValueError(f'--arch {arch}: {e}.') from None
-    except AttributeError: raise ValueError(f'--arch {arch}: module {mod!r} has no {fn!r}.') from None
+    except AttributeError: raise ValueError(f'--arch {arch}: module {mod!r} has no {fn!r}.{_close(mod, fn)}') from None
     try: kw = json.loads(kwargs)
     except json.JSONDecodeError as e: raise ValueError(f'--arch-args must be a JSON object, got {kwargs!r} ({e}).') from None
     if not isinstance(kw, dict): raise ValueError(f'--arch-args must be a JSON object, got {kwargs!r}.')
@@ -35,6 +37,12 @@ def build_arch(
     except _CALL_ERRORS as e: raise ValueError(f'--arch {arch}: {_first_line(e)}.') from None
     if not isinstance(model, nn.Module): raise ValueError(f'--arch {arch} returned {type(model).__name__}, not a torch.nn.Module.')
     return model
+
+def _close(mod, fn):
+    "Functions of the module whose names are like `fn`"
+    o = importlib.import_module(mod)
+    close = get_close_matches(fn, [k for k in dir(o) if k[0] != '_' and callable(getattr(o, k, None))], 2)
+    return f' Closest: {_quoted(close)}.' if close else ''
 
 def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0].rstrip('.')
 
@@ -77,6 +85,7 @@ def load_weights(
     want = model.state_dict(keep_vars=True)
     sd = _tied(want, training_weights(sd, want, where=str(path)), path)
     _check_keys(want, sd, path)
+    sd = {k: v if (whole := _whole(k, want[k], v)) is None else whole for k,v in sd.items()}
     for k,v in want.items():
         if isinstance(v, torch.Tensor) and v.dtype != sd[k].dtype: v.data = v.data.to(sd[k].dtype)     # the dtype of the file, ties stay
     model.load_state_dict(sd)
@@ -84,6 +93,10 @@ def load_weights(
 
 # %% ../../nbs/core/weights.ipynb #fe41dbda
 def _some(ks): return _quoted(sorted(ks))
+
+def _whole(name, old, t):
+    "`t` as integers, where `old` is a buffer of integers and all of the file was cast; None if there is nothing to do"
+    return None if isinstance(old, nn.Parameter) or not isinstance(old, torch.Tensor) else _whole_again(name, t, old.dtype)
 
 def _tied(want, sd, path):
     "`sd` with all names of a tied tensor, where the file has one of them"
@@ -110,5 +123,8 @@ def _check_keys(want, sd, path):
         if not isinstance(v, torch.Tensor): continue
         if sd[k].shape != v.shape:
             raise ValueError(f'{path}: {k} has shape {tuple(sd[k].shape)}, the model has {tuple(v.shape)}. Wrong --arch-args?')
-        if v.is_floating_point() != sd[k].is_floating_point():
+        if v.is_floating_point() != sd[k].is_floating_point() and _whole(k, v, sd[k]) is None:
+            if not isinstance(v, nn.Parameter) and sd[k].is_floating_point(): raise ValueError(
+                f'{path}: {k} is a buffer of integers ({v.dtype}) and was stored as {sd[k].dtype}, which lost their values. '
+                'Cast only what is_floating_point() when you save.')
             raise ValueError(f'{path}: {k} is {sd[k].dtype}, the model has {v.dtype}. Is the file quantized? Decompose before quantizing.')

@@ -6,7 +6,7 @@
 __all__ = ['decompose_checkpoint', 'load_decomposed']
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #f4bab6f3
-import os, shutil
+import os, re, shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 import torch
@@ -19,14 +19,16 @@ from ..core.calibrate import Calibration
 from ..core.folders import _others
 from ..core.modules import _FLOATS, _warn_user, count_params, find_linears
 from ..core.names import _build, _check_match, _emptied, _from_config, _from_names, _is_packed, _key, _loaded, _matched, _renamer
-from ..core.store import _is_store, load_compressed
+from ..core.store import _store_of, load_compressed
 from .decide import _check_round_to, _decide, _left_out, _notes, _row_of, _warn
 from .plan import DecompositionPlan
 from .solve import _check_finite, _spectrum
-from .ranks import mk_policy
+from .ranks import RankRatio, mk_policy
 from .shards import _finish, _holding, _Look, _Meter, _PLAN, _pieces, _Run, _svd_cost, _write_shard, _written_to
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #0c807de0
+_BUFFERS = re.compile(r'(^|\.)(running_mean|running_var|num_batches_tracked|inv_freq)$')     # names that say: not a parameter
+
 def _architecture(model, ck, layers):
     "The model that says what may be decomposed, what its tensors are in the checkpoint, and the number of its parameters"
     if model is None and not isinstance(why := _from_config(ck.path), str): model = why
@@ -37,7 +39,8 @@ def _architecture(model, ck, layers):
         return net, seen, count_params(net)
     if layers is not None:
         net = _from_names(ck.tensors, layers)
-        return net, _matched(ck.tensors, ck, lambda k: (k, None, None), net), sum(t.numel for t in ck.tensors.values() if t.torch_dtype in _FLOATS)
+        params = sum(t.numel for k,t in ck.tensors.items() if t.torch_dtype in _FLOATS and not _BUFFERS.search(k))
+        return net, _matched(ck.tensors, ck, lambda k: (k, None, None), net), params
     some = [k[:-7] for k,t in ck.tensors.items() if k.endswith('.weight') and len(t.shape) == 2][:3]
     raise ValueError(f'{ck.path} does not say which of its matrices are fully-connected layers: {why}. Pass model=, a function that builds the model, '
                      f'or layers=, names such as {", ".join(map(repr, some))} or wildcards.')
@@ -96,8 +99,9 @@ def _made_plan(params, sites, why, left_out, seen, policy, stored, skip_unprofit
 def decompose_checkpoint(
     src: str|os.PathLike,                   # safetensors file, or folder with one or with shards and their index; left unchanged
     dst: str|os.PathLike,                   # what to write: a file if it ends in .safetensors, else a folder with the same files as `src`
-    policy: 'float|int|dict|Policy' = 0.5,  # see `mk_policy`
+    policy: 'float|int|dict|Policy|None' = None, # see `mk_policy`; None for `rank_ratio`
     *,
+    rank_ratio: float = 0.5,                # share of singular values to keep, in (0, 1]
     model: nn.Module|Callable[[],nn.Module]|None = None, # function that builds the model (without weights), or a model; None: config.json, or `layers`
     layers: str|Iterable[str]|None = None,  # only these layers: names, containers, wildcards
     exclude: str|Iterable[str]|None = None, # all but these
@@ -108,7 +112,8 @@ def decompose_checkpoint(
     overwrite: bool = False,                # replace `dst`, and an unfinished run with other arguments?
 ) -> DecompositionPlan:                     # also in the metadata of the files
     "Decompose the layers of a checkpoint, one tensor at a time; called again after it was interrupted, it goes on"
-    policy = mk_policy(policy)
+    if policy is not None and rank_ratio != 0.5: raise ValueError(f'pass rank_ratio={rank_ratio} or policy={policy!r}, not both.')
+    policy = RankRatio(rank_ratio) if policy is None else mk_policy(policy)
     layers,exclude = (tuple(o) if isinstance(o, Iterable) and not isinstance(o, str) else o for o in (layers, exclude))
     with agreed():
         job = _Job(src, dst, policy, model, layers, exclude, tuple(types), device, overwrite)
@@ -126,7 +131,7 @@ class _Job:
     "One call of `decompose_checkpoint`: everything that is known before something is written"
     def __init__(self, src, dst, policy, model, layers, exclude, types, device, overwrite):
         self.policy,self.overwrite,self.ck = policy,overwrite,_open(src)
-        if _is_store(src) or any(_PLAN in m for m in self.ck.metas.values()):
+        if _store_of(src) or any(_PLAN in m for m in self.ck.metas.values()):
             raise ValueError(f'{src} is a decomposed checkpoint already. Start from the dense one.')
         dst,self.single = _written_to(src, dst, self.ck, overwrite)
         self.run,self.device,(self.net,self.seen,self.params) = _Run(dst),device,_architecture(model, self.ck, layers)
@@ -174,7 +179,9 @@ def _plan_of(ck):
     texts,beside = {f: m.get(_PLAN) for f,m in ck.metas.items()},(ck.path if ck.path.is_dir() else ck.path.parent)/'plan.json'
     if not any(texts.values()) and beside.is_file(): return DecompositionPlan.load(beside)
     for f,t in texts.items():
-        if t is None: raise ValueError(f'{f} holds no plan: it was not written by decompose_checkpoint, and no plan.json lies beside it.')
+        if t is None: raise ValueError(
+            f'{f} holds no plan: it was not written by decompose_checkpoint, and no plan.json lies beside it. If the model was decomposed '
+            f'in memory, write its plan there: plan.save({str(beside)!r}), or save both with save_compressed(model, folder, plan).')
         if t != texts[next(iter(texts))]: raise ValueError(f'{f.name} and {next(iter(texts)).name} come from different runs. Decompose again.')
     return DecompositionPlan.from_json(t, where=f'the plan in {f}')
 
@@ -214,7 +221,9 @@ def load_decomposed(
     device: torch.device|str|None = None,           # where the tensors go; None for the device of a model, the CPU for a function
 ) -> nn.Module:                                     # a new model, in the mode (training or not) of the dense one, dtypes from the file
     "The model in a decomposed checkpoint, without any SVD; loads strictly"
-    if _is_store(path): return load_compressed(path, model, device=device)
+    if not isinstance(path, (str, os.PathLike)): raise TypeError(
+        f'the model comes first: load_decomposed(model, path). Got {type(path).__name__} as path.')
+    if (folder := _store_of(path)): return load_compressed(folder, model, device=device)
     ck = _open(path)
     plan = _plan_of(ck)
     if model is None and isinstance(model := _from_config(ck.path if ck.path.is_dir() else ck.path.parent), str):

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 import torch, torch.nn.functional as F
 from torch import nn
-from ..core.batches import _Bar, _rng_kept, _seed, Batches, left_as_found
+from ..core.batches import _Bar, _explained, _rng_kept, _seed, Batches, left_as_found
 from ..core.modules import _warn_user, copy_with, is_pair
 from ..core.collect import _outputs
 
@@ -54,12 +54,14 @@ def _calls(model, data, n_batches):
     "Batches as functions of a model, kept: the data are gone through once per layer"
     b = Batches(data, n_batches)
     if b.fn: return [b.fn]
-    def call(batch):
+    def call(i, batch):
         args,kw,_ = b.args(model, batch)
-        return lambda m: m(*deepcopy(args), **deepcopy(kw))     # forward may write to them
+        def f(m):
+            with _explained(b, m, batch, i, args, kw): return m(*deepcopy(args), **deepcopy(kw))     # forward may write to them
+        return f
     with _rng_kept(None):
         _seed()
-        res = [call(o) for o in b]
+        res = [call(i, o) for i,o in enumerate(b)]
     if not res: raise ValueError('data has no batches.')
     return res
 
