@@ -1,7 +1,8 @@
 "What the site makes of the API and of the notebooks"
-import ast, re, sys
+import ast, json, re, sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from posixpath import dirname, join, normpath
 from types import SimpleNamespace
 from typing import Literal
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip('sphinx')
 import source
 from nbdev.doclinks import nbglob
 from nbdev_sphinx import convert, groups, pages, slug
+from quarto import links, options, text
 from showdoc import TableRenderer
 from fasterai.lowrank.plan import DecompositionPlan, LayerPlan
 from fasterai.lowrank.ranks import Layer
@@ -93,3 +95,39 @@ def test_links_to_the_glossary_have_a_target():
 def nb_markdown(p):
     from fastcore.nbio import read_nb
     return '\n'.join(c.source for c in read_nb(p).cells if c.cell_type == 'markdown')
+
+# What the pages show
+
+def cells(page): return json.loads((root/'nbs'/f'{page}.ipynb').read_text(encoding='utf-8'))['cells']
+listed = pages(sidebar())
+lessons = ['index'] + [p for p in listed if p.startswith('tutorials/')]
+
+def test_titles_differ():
+    titles = [text(cells(p)[0]['source']).splitlines()[0].strip('# ').lower().rstrip('s') for p in listed]
+    assert sorted(titles) == sorted({*titles})
+
+@pytest.mark.parametrize('page', listed)
+def test_links_lead_to_pages(page):
+    src = '\n'.join(text(c['source']) for c in cells(page) if c['cell_type'] == 'markdown')
+    to = []
+    links(src, lambda path, anchor: to.append(normpath(join(dirname(page), path))) or '')
+    assert {*to} <= {*listed}
+
+@pytest.mark.parametrize('page', lessons)
+def test_code_fits_the_column(page):
+    "Longer lines scroll sideways"
+    code = [options(text(c['source'])) for c in cells(page) if c['cell_type'] == 'code']
+    md = '\n'.join(text(c['source']) for c in cells(page) if c['cell_type'] == 'markdown')
+    blocks = [m[2] for m in re.finditer(r'^```(python|sh)\n(.*?)^```', md, re.M | re.S)]
+    lines = '\n'.join([s for o,s in code if 'hide' not in o] + blocks).splitlines()
+    assert len(lines) > 10 and [l for l in lines if len(l) > 100] == []
+
+@pytest.mark.parametrize('page', lessons)
+def test_what_a_cell_shows_is_stored(page):
+    "A page shows the output that its last run stored: without one, the text around it speaks of nothing"
+    def shows(code):
+        last = ast.parse(code).body[-1]
+        if not isinstance(last, ast.Expr): return False
+        return not isinstance(last.value, ast.Call) or ast.unparse(last.value.func).split('.')[-1] in ('DataFrame', 'plot', 'plot_tradeoff', 'round', 'set_index')
+    code = [(*options(text(c['source'])), c['outputs']) for c in cells(page) if c['cell_type'] == 'code']
+    assert [s for o,s,outs in code if 'hide' not in o and s and shows(s) and not outs] == []
