@@ -192,6 +192,7 @@ def negligible(
     if row.rank is None or row.rank == row.max_rank or row.max_rank > FEW: return False
     return (row.error is None or row.error > _LOSS) and row.weight_params - row.params_after <= NEXT_TO*params
 
+# %% ../../nbs/lowrank/decide.ipynb #5b1f0c21
 _HALF = 'already half of a low-rank pair'    # the reason of the factors of a pair
 
 def _dense_size(plan):
