@@ -675,6 +675,7 @@ def test_a_saving_is_weighed_against_the_dense_model(by_hand):
     learn = Learner(mk_dls(torch.randn(200, 13, generator=gen()), torch.arange(200) % 3), net, loss_func=CrossEntropyLossFlat())
     if not by_hand: learn.decompose(policy={'2': 4})
     assert 397 > .05*count_params(learn.model) and 397 < .01*n
+    assert any('(4: rank 1 of 3)' in o for o in warned(lambda: FC_Decomposer(.5).plan(learn.model)))
     learn.decompose()
     assert '0' in pairs(learn.model) and '4' not in pairs(learn.model) and '(0.6%)' in learn.plans[-1]['4'].reason
 

@@ -15,7 +15,7 @@ from ..core.batches import _short
 from ..core.calibrate import Calibration, NotDifferentiable, _collect
 from ..core.check import first_batch, swap_faults
 from ..core.distributed import world
-from ..core.modules import LinearSite, _is_ours, _warn_user, count_params, find_linears, select
+from ..core.modules import LinearSite, _warn_user, count_params, find_linears, select
 from .plan import DecompositionPlan, LayerPlan, _note, _valid
 from .ranks import ParamBudget, mk_policy, round_rank
 from .solve import _check_finite, _digits, _solved
@@ -59,7 +59,7 @@ def make_plan(
     res = DecompositionPlan(tuple(_decide(rows[s.name], s, left_out.get(s.name), ranks.get(s.name), s.name in zero,
         skip_unprofitable, round_to, stats) for s in sites), repr(policy), count_params(model),
         '; '.join(filter(None, [_notes(policy, chosen, stats if bases else {}), _unread(todo, data)])), stats.sensitivity, bases)
-    if spare: res = _spared(res, {s.name: s.weight for s in todo}, _dense_size(model))
+    if spare: res = _spared(res, {s.name: s.weight for s in todo})
     if not quiet: _warn(res, stats, {*([layers] if isinstance(layers, str) else layers or ()), *getattr(policy, 'policies', ())}, model)
     return res
 
@@ -186,34 +186,39 @@ _LOSS   = .05   # relative error from which a layer loses much
 
 def negligible(
     row: LayerPlan, # decision about one layer
-    params: int,    # parameters of the whole model
+    params: int,    # parameters of the whole model, before any layer became a pair
 ) -> bool:
     "Does the rank of a thin layer lose much, and save next to nothing? Without a spectrum, any rank below the full one loses much"
     if row.rank is None or row.rank == row.max_rank or row.max_rank > FEW: return False
     return (row.error is None or row.error > _LOSS) and row.weight_params - row.params_after <= NEXT_TO*params
 
+# %% ../../nbs/lowrank/decide.ipynb #5b1f0c21
+_HALF = 'already half of a low-rank pair'    # the reason of the factors of a pair
+
+def _dense_size(plan):
+    "Parameters of the model of `plan` before any of its layers became a pair"
+    halves = {o.name: o for o in plan.layers if o.reason == _HALF}
+    pairs = [(o, halves[b]) for n,o in halves.items() if n.endswith('0') and (b := n[:-1] + '1') in halves]
+    return plan.params + sum(a.in_features*b.out_features - a.weight_params - b.weight_params for a,b in pairs)
+
 def thin_layers(
     plan: DecompositionPlan,
 ) -> list[LayerPlan]:
     "The `negligible` rows of a plan, cheapest first, as long as all of them together save next to nothing"
-    rows,left,res = [o for o in plan.replaced if negligible(o, plan.params)],NEXT_TO*plan.params,[]
+    params,res = _dense_size(plan),[]
+    rows,left = [o for o in plan.replaced if negligible(o, params)],NEXT_TO*params
     for o in sorted(rows, key=lambda o: o.weight_params - o.params_after):
         left -= max(0, o.weight_params - o.params_after)
         if left < 0: break
         res.append(o)
     return res
 
-def _dense_size(model):
-    "Parameters of `model` before its pairs were made"
-    return count_params(model) + sum(m[0].in_features*m[1].out_features - m[0].weight.numel() - m[1].weight.numel()
-                                     for m in model.modules() if _is_ours(m))
-
-def _spared(plan, weights, params):
-    """`plan` with its thin layers dense, in a model that had `params` parameters before any pair was made; their errors are computed
-    first where the ranks did not need them"""
+def _spared(plan, weights):
+    "`plan` with its thin layers dense; their errors are computed first where the ranks did not need them"
+    params = _dense_size(plan)
     todo = [o.name for o in plan.replaced if o.error is None and negligible(o, params) and not weights[o.name].is_meta]
     specs = {n: tuple(spectrum(weights[n]).tolist()) for n in todo}
-    known = replace(plan, params=params, layers=tuple(replace(o, spectrum=specs[o.name]) if o.name in specs else o for o in plan.layers))
+    known = replace(plan, layers=tuple(replace(o, spectrum=specs[o.name]) if o.name in specs else o for o in plan.layers))
     def why(o):
         lost,saved = 'much' if o.error is None else f'{o.error:.2g}',o.weight_params - o.params_after
         return (f'kept dense: rank {o.rank} of {o.max_rank} would lose {lost} of the output and '
