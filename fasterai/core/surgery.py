@@ -112,12 +112,13 @@ _WEAK = weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet
 _REMADE = '_flat_weight_refs',      # those of recurrent layers, which make them anew
 
 def _by_id(model):
-    "The first attribute in `model` that holds `id`s of its modules or tensors, or weak references to them: they stay those of `model` in a copy"
+    "The first attribute in `model` that holds `id`s of its modules or tensors, or weak references: in a copy they stay those of `model`"
     ids = {id(o) for o in (*model.modules(), *model.parameters(), *model.buffers())}
     def holds(o, depth=3):
         if isinstance(o, int): return o in ids
         if isinstance(o, weakref.ref): return id(o()) in ids
-        inside = [*o.keys(), *o.values()] if isinstance(o, Mapping) else [*o] if isinstance(o, (list, tuple, set, frozenset, *_WEAK)) else []
+        many = isinstance(o, (list, tuple, set, frozenset, *_WEAK))
+        inside = [*o.keys(), *o.values()] if isinstance(o, Mapping) else [*o] if many else []
         if isinstance(o, _WEAK) and any(id(c) in ids for c in inside): return True
         return depth > 0 and any(holds(c, depth-1) for c in inside)
     return next((f'{n}.{k}'.lstrip('.') for n,m in model.named_modules() for k,v in vars(m).items()
