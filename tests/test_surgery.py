@@ -1,10 +1,10 @@
 "What a forward pass may ask of its layers, and how a model may be copied: the result computes the same, or the layer stays dense with a reason"
-import copy, functools, pickle, threading, types, warnings
+import copy, functools, pickle, threading, types, warnings, weakref
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from fasterai.core.check import swap_faults
-from fasterai.core.modules import find_linears
+from fasterai.core.modules import copy_with, find_linears
 from fasterai.misc.all import *
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*layers grew', 'ignore:nothing to decompose')
@@ -530,9 +530,10 @@ class ById(Base):
     def __init__(self, tab=lambda m: {id(m.a): 3.}): super().__init__(); self.tab = tab(self)
     def forward(self, x): return self.b(self.a(x))*(3. if id(self.a) in self.tab else 1.)
 
-@pytest.mark.parametrize('tab', [lambda m: {id(m.a): 3.}, lambda m: [(id(m.a.weight), 2)], lambda m: dict(deep={id(m.b)})], ids=['dict', 'list', 'set'])
+@pytest.mark.parametrize('tab', [lambda m: {id(m.a): 3.}, lambda m: [(id(m.a.weight), 2)], lambda m: dict(deep={id(m.b)}),
+    lambda m: weakref.WeakKeyDictionary({m.a: 3.}), lambda m: [weakref.ref(m.a)]], ids=['dict', 'list', 'set', 'weak keys', 'weak'])
 def test_a_copy_of_a_model_that_knows_its_parts_by_id_warns(tab):
-    with pytest.warns(UserWarning, match=r"'tab' of the model knows parts of it by id\(…\), which a copy does not have.*inplace=True") as w:
+    with pytest.warns(UserWarning, match=r"'tab' knows parts of the model by id\(…\) or weak references, .*inplace=True") as w:
         FC_Decomposer(.5).decompose(ById(tab))
     assert w[0].filename == __file__
 
@@ -542,6 +543,7 @@ def test_ids_stay_in_place_and_other_numbers_are_no_ids():
     with warnings.catch_warnings():
         warnings.filterwarnings('error', '.*by id')
         FC_Decomposer(.5).decompose(other)
+        copy_with(nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4)))    # holds weak references, and makes them anew
         assert rel(FC_Decomposer(1.).decompose(m, inplace=True)(x), want) < 1e-5
 
 def _mlp(*ns):

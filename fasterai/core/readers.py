@@ -75,7 +75,8 @@ def visit_Attribute(self:_FnWalk, o):
     elif o.attr in ('modules','named_modules'):
         if not self._unnumbered(self.up.get(o)): self._keep([c for m in own for c in _below(m)], 'counts or lists its modules')
     elif o.attr == 'apply':
-        self._keep([c for m in own if getattr(type(m), 'apply', None) is nn.Module.apply for c in _below(m)], 'applies a function to its modules')
+        own_apply = [m for m in own if getattr(type(m), 'apply', None) is nn.Module.apply]
+        self._keep([c for m in own_apply for c in _below(m)], 'applies a function to its modules')
     else: self._reads(layers, o.attr, o.value)
     for m in own:
         if m in layers: continue

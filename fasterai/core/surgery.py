@@ -6,7 +6,7 @@
 __all__ = ['copy_with']
 
 # %% ../../nbs/core/surgery.ipynb #7f6b2fec
-import copy, pickle, sys, types, warnings
+import copy, pickle, sys, types, warnings, weakref
 from collections.abc import Mapping
 import torch
 from torch import nn
@@ -108,14 +108,21 @@ def _warn_user(msg):
     warnings.warn(msg, stacklevel=depth)
 
 # %% ../../nbs/core/surgery.ipynb #24066904
+_WEAK = weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet
+_REMADE = '_flat_weight_refs',      # those of recurrent layers, which make them anew
+
 def _by_id(model):
-    "The first attribute in `model` that holds `id`s of its modules or tensors, which are others in a copy"
+    "The first attribute in `model` that holds `id`s of its modules or tensors, or weak references: in a copy they stay those of `model`"
     ids = {id(o) for o in (*model.modules(), *model.parameters(), *model.buffers())}
     def holds(o, depth=3):
         if isinstance(o, int): return o in ids
-        inside = (*o.keys(), *o.values()) if isinstance(o, Mapping) else o if isinstance(o, (list, tuple, set, frozenset)) else ()
+        if isinstance(o, weakref.ref): return id(o()) in ids
+        many = isinstance(o, (list, tuple, set, frozenset, *_WEAK))
+        inside = [*o.keys(), *o.values()] if isinstance(o, Mapping) else [*o] if many else []
+        if isinstance(o, _WEAK) and any(id(c) in ids for c in inside): return True
         return depth > 0 and any(holds(c, depth-1) for c in inside)
-    return next((f'{n}.{k}'.lstrip('.') for n,m in model.named_modules() for k,v in vars(m).items() if k not in _OWN and holds(v)), None)
+    return next((f'{n}.{k}'.lstrip('.') for n,m in model.named_modules() for k,v in vars(m).items()
+        if k not in _OWN and k not in _REMADE and holds(v)), None)
 
 # %% ../../nbs/core/surgery.ipynb #ac7c9978
 _SHARDED = 'sharded by FSDP: decompose the model before it is wrapped, or unwrap it first'
@@ -140,8 +147,8 @@ def copy_with(
     new = dict(new or {})
     if any(map(_is_fsdp, model.modules())): raise ValueError(f'the model is {_SHARDED}.')
     if (tab := _by_id(model)) is not None:
-        _warn_user(f'{tab!r} of the model knows parts of it by id(…), which a copy does not have: the copy may compute something else. '
-                   'Decompose with inplace=True, which keeps them, or use names.')
+        _warn_user(f'{tab!r} knows parts of the model by id(…) or weak references, which do not lead to those of a copy: it may compute '
+                   'something else. Decompose with inplace=True, which keeps them, or use names.')
     with torch.inference_mode(False), torch.no_grad(), _Detached():
         try:
             res = _copied(model, new)

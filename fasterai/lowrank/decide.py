@@ -239,8 +239,9 @@ def _warn(plan, stats, asked, model=None):
     _warn_thin(plan, asked, grown)
     _warn_data(plan, stats)
     if not plan.replaced:
-        why = '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in plan.skipped[:3]) or 'it has no fully-connected layer' \
-            + ('; decompose before scripting or tracing' if any(isinstance(m, torch.jit.ScriptModule) for m in (model.modules() if model is not None else ())) else '')
+        scripted = model is not None and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+        none = 'it has no fully-connected layer' + ('; decompose before scripting or tracing' if scripted else '')
+        why = '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in plan.skipped[:3]) or none
         more = ' layers= decomposes a layer all the same.' if 'kept dense' in why else ''
         _warn_user(f'nothing to decompose ({why}).{more}')
     elif (stuck := [o for o in plan.layers if not o.can and asked.intersection(o.names)]):

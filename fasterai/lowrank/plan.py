@@ -22,7 +22,7 @@ from ..core.surgery import _become, copy_with
 from .factorize import Basis
 from .svd import Solver, _check_solver, trunc_error
 from .ranks import Layer, mk_policy
-from .solve import _basis, _bias, _changed, _check_finite, _divided, _empty, _filled, _mk, _packed, _tensors, _unpacked, _warn_changed, _fingerprint
+from .solve import _basis, _bias, _check_finite, _divided, _empty, _filled, _mk, _packed, _tensors, _unpacked, _warn_changed
 
 # %% ../../nbs/lowrank/plan.ipynb #e36b672e
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def _bases(self:DecompositionPlan, model, sites, data, n_batches):
     if data is None:
         if (lost := [s.name for s in want if s.name not in self.bases]):
             raise ValueError(f'{lost[0]!r} was planned with calibration data, which a saved plan does not hold. '
-                'Pass plan.apply(model, data=…) or its saved statistics; plan.skeleton(model) makes the structure for an existing checkpoint.')
-        _warn_changed([s for s in want if (b := self.bases[s.name]).mark is not None
-            and _changed(b.mark, _fingerprint(s.weight), (self[s.name].dtype, str(s.weight.dtype).removeprefix('torch.')))])
+                'Pass plan.apply(model, data=…) or its saved statistics; '
+                'plan.skeleton(model) makes the structure for an existing checkpoint.')
+        _warn_changed(want, self)
         return self.bases
     stats = data
     if not isinstance(data, Calibration):

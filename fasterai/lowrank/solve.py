@@ -57,10 +57,12 @@ def _changed(mark, now, dtypes) -> bool:
     tol = 1e-6 if len({*dtypes}) == 1 else max(_SAME.get(o, 1.5e-2) for o in dtypes)
     return off > 3*tol*max(mark[0], now[0])      # √8 times the norm is about the size of eight products
 
-def _warn_changed(sites):
-    "Warn of layers whose weights are not those that the plan was made for"
-    if not sites: return
-    first,n = sites[0].name or 'the model',len(sites) - 1
+def _warn_changed(sites, plan):
+    "Warn of layers whose weights are not those that the bases of `plan` were made for"
+    def stale(s, mark): return _changed(mark, _fingerprint(s.weight), (plan[s.name].dtype, str(s.weight.dtype).removeprefix('torch.')))
+    new = [s.name for s in sites if (mark := plan.bases[s.name].mark) is not None and stale(s, mark)]
+    if not new: return
+    first,n = new[0] or 'the model',len(new) - 1
     _warn_user(f'the weight{"s"[:n]} of {first!r}{f" (and {n} others)" if n > 1 else " (and another)" if n else ""} changed since the plan '
                'was made: its errors no longer hold. Plan again.')
 
