@@ -259,9 +259,10 @@ def _whole_again(
 ) -> torch.Tensor|None:     # None where nothing has to be done, or where values were lost
     "An integer buffer that was cast to floating-point numbers with everything else, as integers"
     if not t.is_floating_point() or dtype.is_floating_point or dtype.is_complex: return None
-    low = (t.abs() < 2/torch.finfo(t.dtype).eps).all()  # above, integers are rounded: wrong for indices, harmless for a count
-    known = t.isfinite().all() and (low or name.endswith('num_batches_tracked'))
-    return res if known and torch.equal((res := t.to(dtype)).to(t.dtype), t) else None
+    x = t.double()
+    low = (x.abs() < 2/torch.finfo(t.dtype).eps).all()  # above, integers are rounded: wrong for indices, harmless for a count
+    known = x.isfinite().all() and (low or name.endswith('num_batches_tracked'))
+    return res if known and torch.equal((res := x.to(dtype)).double(), x) else None
 
 def _tensors(model, seen, device):
     "Name in the state dict -> tensor; tied names get one"
