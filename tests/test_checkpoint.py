@@ -208,7 +208,7 @@ def test_buffers_that_old_versions_saved(tmp_path):
 def test_names_alone(src, model, tmp_path):
     plan = decompose_checkpoint(src, tmp_path/'s.safetensors', .25, layers='*')
     assert {o.name for o in plan.replaced} == {'head', *(f'blocks.{i}.{j}' for i in range(3) for j in (0, 2))}  # not the embedding
-    assert plan.params == sum(v.numel() for v in model.state_dict().values() if v.is_floating_point())
+    assert plan.params == sum(p.numel() for p in model.parameters())     # without the statistics of the batch norm
     same(load_decomposed(Net, tmp_path/'s.safetensors').state_dict(), FC_Decomposer(.25).decompose(model).state_dict())
     plan = decompose_checkpoint(src, tmp_path/'t.safetensors', .25, layers=['emb', 'head'])
     assert {o.name for o in plan.replaced} == {'emb', 'head'}
