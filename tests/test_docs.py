@@ -122,9 +122,8 @@ def test_code_fits_the_column(page):
     lines = '\n'.join([s for o,s in code if 'hide' not in o] + blocks).splitlines()
     assert len(lines) > 10 and [l for l in lines if len(l) > 100] == []
 
-long = pytest.mark.xfail(reason='it trains for minutes: its outputs are stored by a run of their own')
 
-@pytest.mark.parametrize('page', [pytest.param(p, marks=[long]*(p == 'tutorials/misc/fc_decomposer')) for p in lessons])
+@pytest.mark.parametrize('page', lessons)
 def test_what_a_cell_shows_is_stored(page):
     "A page shows the output that its last run stored: without one, the text around it speaks of nothing"
     def shows(code):

@@ -1769,3 +1769,10 @@ def test_dict_outputs():
     m,x = Dict(),points(100)[0]
     small = FC_Decomposer(policy=3).decompose(m)
     assert equal(state(refine(small, m, x).fc), state(refine(small.fc, m.fc, x)))
+
+def test_a_suggestion_from_before_a_fit_says_so():
+    learn = learner()
+    found = find(learn, .3)
+    fit(learn, 1)
+    said = warned(lambda: learn.decompose(plan=found))
+    assert len(said) == 1 and 'changed since the plan' in said[0]
