@@ -56,6 +56,12 @@ def test_what_users_get():
     for n in names: assert getattr(every, n) is getattr(rooms[n], n) is getattr(seed, n), n
     assert not names & {'Layer', 'select', 'gram', 'residual', 'RIDGE', 'DAMPING', 'write_atomic'}      # internals
 
+def test_names_of_the_first_version_are_still_found():
+    seed = importlib.import_module('fasterai.misc.all')
+    for room,names in seed._ROOMS.items():
+        for n in names.split(): assert getattr(seed, n) is getattr(importlib.import_module(f'fasterai.{room}'), n)
+    with pytest.raises(AttributeError, match="has no attribute 'nope'"): seed.nope
+
 def test_no_two_rooms_export_the_same_name():
     seen = {}
     for p in generated:
