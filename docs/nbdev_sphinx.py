@@ -63,9 +63,8 @@ def convert(nb, docname, env):
                 syms.setdefault(sym[1], docname)
                 md(entry)
             elif opts.get('include') != 'false':
-                if opts.get('echo') == 'false': code = ''
                 image = dict(alt=opts['fig-alt']) if 'fig-alt' in opts else {}
-                tags = ([] if code else ['remove-input']) + (['hide-input'] if opts.get('code-fold') == 'true' else [])
+                tags = ([] if code and opts.get('echo') != 'false' else ['remove-input']) + (['hide-input'] if opts.get('code-fold') == 'true' else [])
                 meta = dict(tags=tags, mystnb=dict(image=image))
                 if code or outs: cells.append(c | dict(source=code, outputs=outs, metadata=meta))
     return cells
