@@ -88,6 +88,7 @@ def _rebound(f, memo):
     res.__dict__.update(f.__dict__)
     return res
 
+# %% ../../nbs/core/surgery.ipynb #b8919015
 def _astray(model, res, new):
     "Where copy `res` of `model` is wrong: the name of a module that was not replaced, or of a tensor that both share; None if it is right"
     parts = dict(res.named_modules(remove_duplicate=False))

@@ -247,6 +247,7 @@ def _warn(plan, stats, asked, model=None):
     elif (stuck := [o for o in plan.layers if not o.can and asked.intersection(o.names)]):
         _warn_user('asked for by name, but left dense: ' + '; '.join(f'{o.name} ({o.reason})' for o in stuck) + '.')
 
+# %% ../../nbs/lowrank/decide.ipynb #9ec283da
 def _warn_thin(plan, asked, grown):
     "Name the thin layers that lose much for little, unless the user named them, or a budget weighed the loss against the saving"
     if 'ParamBudget' in plan.policy: return

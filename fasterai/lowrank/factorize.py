@@ -8,6 +8,7 @@ __all__ = ['RIDGE', 'DAMPING', 'Basis', 'balance', 'factorize', 'shifted_bias', 
 # %% ../../nbs/lowrank/factorize.ipynb #eaae90db
 from dataclasses import dataclass, replace
 import numpy as np, torch
+from fastcore.basics import patch
 from ..core.modules import _double
 from ..core.calibrate import LayerStats
 from ..core.sums import _exact_products
@@ -32,37 +33,39 @@ class Basis:
     scale: float = 1.
     mark: tuple[float,...]|None = None      # of the weight that these directions were made for, see `solve._fingerprint`
 
-    @torch.no_grad()
-    def pair(self, 
-        k: int,                                 # rank, between 1 and the number of directions
-        *,
-        out: tuple[torch.Tensor,torch.Tensor]|None = None, # A and B to write into, in the dtype of the weight
-    ) -> tuple[torch.Tensor,torch.Tensor]:      # A (k, n) and B (m, k), in the dtype of the weight, contiguous
-        "The best two factors of rank `k`, balanced, with signs fixed"
-        if not 1 <= k <= self.L.shape[1]:
-            raise ValueError(f'rank must be between 1 and {self.L.shape[1]}, the number of directions, got {k}.')
-        (m,n),dtype = self.W.shape,torch.promote_types(self.W.dtype, torch.float32)
-        Q,P = (self.L, self.R)[::1 if m <= n else -1]       # of the smaller side, of the larger
-        Q,P = Q[:,:k],P[:,:k]
-        sign = Q.gather(0, Q.abs().argmax(0, keepdim=True))[0].sign().to(dtype)
-        A,B = out if out and (out[0].dtype, out[0].device) == (dtype, Q.device) else (
-            Q.new_empty(k, n, dtype=dtype), Q.new_empty(m, k, dtype=dtype))
-        (A.T if m > n else B).copy_(Q)
-        start = 0
-        with _exact_products(Q.device):
-            for c in _slices(self.W, P.dtype):
-                c = _divided_by(c, self.scale)
-                a,b,o = (P.T, c, A[:,start:start+c.shape[1]]) if m <= n else (c.T, P, B[start:start+c.shape[1]])
-                if o.dtype == P.dtype: torch.mm(a, b, out=o)
-                else: o.copy_(a @ b)
-                start += c.shape[1]
-        c = _balancing(A, B)*sign                           # a sign goes to both sides
-        A,B = A.mul_(c[:,None]),B.div_(c)
-        if self.scale != 1: A,B = A.mul_(self.scale**.5),B.mul_(self.scale**.5)
-        if out is None: return _own(A, self.W.dtype), _own(B, self.W.dtype)
-        for o,t in zip(out, (A, B)):
-            if o is not t: o.copy_(t)
-        return out
+# %% ../../nbs/lowrank/factorize.ipynb #33d4f2d1
+@patch
+@torch.no_grad()
+def pair(self:Basis, 
+    k: int,                                 # rank, between 1 and the number of directions
+    *,
+    out: tuple[torch.Tensor,torch.Tensor]|None = None, # A and B to write into, in the dtype of the weight
+) -> tuple[torch.Tensor,torch.Tensor]:      # A (k, n) and B (m, k), in the dtype of the weight, contiguous
+    "The best two factors of rank `k`, balanced, with signs fixed"
+    if not 1 <= k <= self.L.shape[1]:
+        raise ValueError(f'rank must be between 1 and {self.L.shape[1]}, the number of directions, got {k}.')
+    (m,n),dtype = self.W.shape,torch.promote_types(self.W.dtype, torch.float32)
+    Q,P = (self.L, self.R)[::1 if m <= n else -1]       # of the smaller side, of the larger
+    Q,P = Q[:,:k],P[:,:k]
+    sign = Q.gather(0, Q.abs().argmax(0, keepdim=True))[0].sign().to(dtype)
+    A,B = out if out and (out[0].dtype, out[0].device) == (dtype, Q.device) else (
+        Q.new_empty(k, n, dtype=dtype), Q.new_empty(m, k, dtype=dtype))
+    (A.T if m > n else B).copy_(Q)
+    start = 0
+    with _exact_products(Q.device):
+        for c in _slices(self.W, P.dtype):
+            c = _divided_by(c, self.scale)
+            a,b,o = (P.T, c, A[:,start:start+c.shape[1]]) if m <= n else (c.T, P, B[start:start+c.shape[1]])
+            if o.dtype == P.dtype: torch.mm(a, b, out=o)
+            else: o.copy_(a @ b)
+            start += c.shape[1]
+    c = _balancing(A, B)*sign                           # a sign goes to both sides
+    A,B = A.mul_(c[:,None]),B.div_(c)
+    if self.scale != 1: A,B = A.mul_(self.scale**.5),B.mul_(self.scale**.5)
+    if out is None: return _own(A, self.W.dtype), _own(B, self.W.dtype)
+    for o,t in zip(out, (A, B)):
+        if o is not t: o.copy_(t)
+    return out
 
 # %% ../../nbs/lowrank/factorize.ipynb #7366e3c3
 def _own(t, dtype):

@@ -47,38 +47,37 @@ class LayerPlan(Layer, Row):
         if self.rank is None: return 0.
         if self.errors is not None: return self.errors[self.rank]
         return None if self.spectrum is None else trunc_error(self.spectrum, self.rank)
-
     @property
     def weight_params(self) -> int: return self.size or super().weight_params
-
     @property
     def params_after(self) -> int:
         "Parameters of the weight after the decision"
         return self.weight_params if self.rank is None else self.pair_params(self.rank)
-
     @property
     def shape(self) -> str: return f'{self.kind}({self.in_features}→{self.out_features})'
-
     @property
     def changed(self) -> bool: return self.rank is not None
     @property
     def decision(self) -> dict: return dict(rank=self.rank)
     @property
     def promise(self) -> str: return f'a pair of rank {self.rank}'
-    def misfit(self, m: nn.Module|None) -> str|None:
-        if m is None: return 'no such layer'
-        if not is_pair(m): return f'a {type(m).__name__} there'
-        return None if m[0].out_features == self.rank else f'one of rank {m[0].out_features}'
     def cells(self) -> dict:
         return dict(layer=self.name or '(the model)', shape=self.shape, rank=self.rank, before=self.weight_params, after=self.params_after,
                     error=self.error, reason=self.reason)
 
-    @classmethod
-    def from_dict(cls, d: dict) -> 'LayerPlan':
-        lists = {k: None if d[k] is None else tuple(map(float, d[k])) for k in ('spectrum','errors') if k in d}
-        o = super().from_dict(d | lists | dict(aliases=tuple(d['aliases'])))
-        if o.rank is not None: _valid(o.rank, o)
-        return o
+# %% ../../nbs/lowrank/plan.ipynb #e36b6730
+@patch
+def misfit(self:LayerPlan, m: nn.Module|None) -> str|None:
+    if m is None: return 'no such layer'
+    if not is_pair(m): return f'a {type(m).__name__} there'
+    return None if m[0].out_features == self.rank else f'one of rank {m[0].out_features}'
+
+@patch(cls_method=True)
+def from_dict(cls:LayerPlan, d: dict) -> 'LayerPlan':
+    lists = {k: None if d[k] is None else tuple(map(float, d[k])) for k in ('spectrum','errors') if k in d}
+    o = super(LayerPlan, cls).from_dict(d | lists | dict(aliases=tuple(d['aliases'])))
+    if o.rank is not None: _valid(o.rank, o)
+    return o
 
 def _valid(rank, row):
     "`rank` as an int, checked"
