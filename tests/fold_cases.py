@@ -314,3 +314,82 @@ def hook_on(name): return lambda m: m.get_submodule(name).register_forward_hook(
 add('68 a hook on the norm', seq(conv(), bn()), last=hook_on('1'), left={'1': 'hooks'})
 add('68 a hook on the conv', seq(conv(), bn()), last=hook_on('0'), left={'1': '0 has hooks'})
 add('68 a hook on the layer behind', seq(bn1(3), lin()), rand(5, 3), last=hook_on('1'), left={'0': '1 has hooks'})
+
+# --- Networks of real size: what makes them and their input, norms that fold, norms in all
+
+@dataclass(frozen=True)
+class Real:
+    make: Callable          # () -> model, random weights
+    args: Callable          # () -> inputs of one call
+    folded: int
+    norms: int
+    why: str = ''           # pattern that the reasons of the others match
+
+    def build(self):
+        torch.manual_seed(0)
+        return randomize(self.make()).eval().double(), self.args()
+
+NETWORKS = {}
+def real(name, make, folded, n, why='', size=64, args=None):
+    NETWORKS[name] = Real(make, args or (lambda: (rand(2, 3, size, size),)), folded, n, why)
+
+def tv(name, *args, size=64, **kw):
+    def make():
+        import torchvision
+        return torchvision.models.get_model(name, **kw)
+    real(f'tv {name}', make, *args, size=size)
+def tm(name, *args, size=64):
+    def make():
+        import timm
+        return timm.create_model(name)
+    real(f'timm {name}', make, *args, size=size)
+def resnet18():
+    import torchvision
+    return torchvision.models.resnet18
+def xresnet():
+    from fastai.vision.models.xresnet import xresnet18
+    return xresnet18()
+def vision():
+    from fastai.vision.learner import create_vision_model
+    return create_vision_model(resnet18(), 10, pretrained=False)
+def unet():
+    from fastai.vision.learner import create_unet_model
+    return create_unet_model(resnet18(), 5, (64, 64), pretrained=False)
+def tabular():
+    from fastai.tabular.model import TabularModel
+    return TabularModel([(10, 4), (5, 3)], 6, 2, [50, 20])
+def r3d():
+    import torchvision
+    return torchvision.models.video.r3d_18()
+
+FROM = 'comes from '
+tv('resnet18', 20, 20)
+tv('densenet121', 59, 121, FROM+'cat|goes to relu')
+tv('mobilenet_v3_small', 34, 34)
+tv('inception_v3', 94, 96, 'not reached', size=96, init_weights=False)
+tv('googlenet', 57, 59, 'not reached', init_weights=False)
+tv('efficientnet_b0', 49, 49)
+tv('shufflenet_v2_x0_5', 56, 56)
+real('tv r3d_18', r3d, 20, 20, args=lambda: (rand(1, 3, 4, 32, 32),))
+tm('resnet18', 20, 20)
+tm('efficientnet_b0', 49, 49)
+tm('tf_efficientnet_lite0', 49, 49)
+tm('convnext_atto', 0, 0)
+tm('nfnet_l0', 0, 0)
+tm('vit_tiny_patch16_224', 0, 0, size=224)
+tm('levit_128s', 52, 52, size=224)
+tm('repvgg_a0', 44, 61, FROM)
+tm('regnety_002', 44, 44)
+tm('mobileone_s0', 191, 226, FROM)
+tm('ghostnet_100', 80, 80)
+tm('ese_vovnet19b_dw', 23, 23)
+tm('dla34', 37, 37)
+tm('resnetv2_50', 32, 49, FROM+'(add|max_pool|iadd|__iadd__)')
+tm('fastvit_t8', 46, 70, FROM, size=128)
+tm('hrnet_w18_small', 91, 91)
+tm('repvit_m0_9', 85, 108, FROM, size=224)
+tm('mobilenetv4_conv_small', 46, 46)
+real('fastai xresnet18', xresnet, 22, 22)
+real('fastai vision learner', vision, 22, 22)
+real('fastai DynamicUnet', unet, 20, 25, FROM)
+real('fastai TabularModel', tabular, 3, 3, args=lambda: (torch.tensor([[1, 2], [3, 4], [0, 1]]), rand(3, 6)))
