@@ -55,8 +55,8 @@ def test_networks_that_can_merge_their_branches(name):
     m,args = NETWORKS[name].build()
     assert 'reparameterize()' in BN_Folder().plan(m, args[0]).note
 
-def test_same_layer_fed_twice_in_train_mode_only():
-    "Auxiliary heads stay as they are, and train"
+def test_auxiliary_heads_stay():
+    "They run in train mode only, so nothing is known of them"
     m,args = NETWORKS['tv googlenet'].build()
     small = BN_Folder().fold(m, args[0])
     aux = [n for n in norms(small)]
