@@ -4,11 +4,12 @@ import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+from fastai.tabular.all import Categorify, CategoryBlock, Normalize, TabularDataLoaders, tabular_learner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data import Dataset
 from torchvision.ops.misc import FrozenBatchNorm2d
+from fasterai.core.modules import mk_pair
 from fasterai.misc.all import *
 from fold_cases import CASES, Net, Net2, WithAct, bn, bn1, cbn, conv, lin, net, net2, norms, outputs, pair, rand, randomize, rel, seq
 
@@ -168,14 +169,19 @@ def test_memory_format_carries_over():
     for i in (0, 3): assert small[i].weight.stride() == m[i].weight.stride()
     for p in small.parameters(): assert p.untyped_storage().nbytes() == p.nbytes and p.is_leaf
 
-def test_bfloat16_error_is_hardly_larger():
-    "52: against the same network in float64"
-    torch.manual_seed(0)
+def test_bfloat16_error():
+    "52: against the same network in float64, before it was cast: smaller if it is folded first, and than with arithmetic in bfloat16"
+    from torch.fx.experimental.optimization import fuse
     def block(): return [nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    m,x = randomize(nn.Sequential(*block(), *block(), *block(), *block(), *block())).eval().bfloat16(),torch.randn(8, 16, 16, 16).bfloat16()
-    ref = outputs(copy.deepcopy(m).double(), [x.double()])
-    def err(o): return float((outputs(o, [x])[0].double() - ref[0]).norm()/ref[0].norm())
-    assert err(BN_Folder().fold(m, x)) <= 1.15*err(m)
+    errs = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        m,x = randomize(nn.Sequential(*block(), *block(), *block(), *block(), *block()), seed).eval(),torch.randn(8, 16, 16, 16).bfloat16()
+        ref,low = outputs(copy.deepcopy(m).double(), [x.double()])[0],copy.deepcopy(m).bfloat16()
+        nets = low, BN_Folder().fold(low, x), BN_Folder().fold(m, x.float()).bfloat16(), fuse(low)
+        errs.append([float((outputs(o, [x])[0].double() - ref).norm()/ref.norm()) for o in nets])
+    unfolded,folded,first,fused = torch.tensor(errs).mean(0).tolist()
+    assert first <= unfolded and first <= folded <= .9*fused
 
 def test_no_subnormals_are_left():
     "65: they are many times slower than zeros"
@@ -190,8 +196,9 @@ def test_no_subnormals_are_left():
 def test_attributes_and_hooks_of_layers_stay():
     m = cnn()
     m[0].weight.tag,m[3].remark = 'first','second'
+    calls = []
     m.register_forward_hook(lambda *a: calls.append(1))
-    calls,small = [],BN_Folder().fold(m, img())
+    small = BN_Folder().fold(m, img())
     assert small[0].weight.tag == 'first' and small[3].remark == 'second'
     calls.clear()
     small(img())
@@ -466,7 +473,8 @@ def test_values_that_are_no_numbers_in_what_is_left():
 def test_negative_variance():
     m = cnn()
     m[1].running_var[2] = -1
-    with pytest.raises(ValueError, match="'1'"): BN_Folder().fold(m, img())
+    plan = plan_of(m, img(), check=False)
+    assert 'variance' in plan['1'].reason and not plan['1'].changed
 
 def test_apply_looks_at_the_values_too():
     plan,m = plan_of(cnn(), img()),cnn()
@@ -608,11 +616,11 @@ def test_the_data_are_not_written_to():
 # ------------------------------------------------------------------ the plan
 
 def test_plan_is_a_table():
-    plan = plan_of(nn.Sequential(cnn(), nn.BatchNorm1d(5)).eval(), img())
+    plan = plan_of(nn.Sequential(cnn(), nn.ReLU(), nn.BatchNorm1d(5)).eval(), img())
     f = plan.to_frame()
     assert len(f) == 4 == len(plan) and '3 of 4' in plan.title and plan.title in repr(plan) and plan.title in plan._repr_html_()
-    assert plan['0.1'].kind == 'BatchNorm2d' and plan['0.1'].into == ('0.0',) and plan['1'].way == '' and plan['1'].into == ()
-    assert plan['1'].reason in repr(plan)
+    assert plan['0.1'].kind == 'BatchNorm2d' and plan['0.1'].into == ('0.0',) and plan['2'].way == '' and plan['2'].into == ()
+    assert plan['2'].reason in repr(plan)
     with pytest.raises(ValueError, match='Closest|no row'): plan['0.7']
 
 def test_plan_survives_json(tmp_path):
@@ -620,7 +628,7 @@ def test_plan_survives_json(tmp_path):
     f = plan.save(tmp_path/'plan.json')
     assert FoldPlan.load(f) == plan and json.loads(f.read_text())['type'] == 'fasterai.FoldPlan'
     d = json.loads(f.read_text())
-    for key,bad in (('way', 'sideways'), ('into', 7), ('name', None)):
+    for key,bad in (('way', 'sideways'), ('targets', 7), ('channels', 'many')):
         e = copy.deepcopy(d)
         e['layers'][0][key] = bad
         (tmp_path/'bad.json').write_text(json.dumps(e))
@@ -631,14 +639,15 @@ def test_plan_serves_other_weights():
     m = randomize(cnn(), seed=5)
     assert rel(outputs(plan.apply(m), [img()]), outputs(m, [img()])) < 1e-5
 
-@pytest.mark.parametrize('i,new', [(1, nn.Identity()), (0, nn.Conv2d(3, 9, 3)), (0, nn.Identity()), (0, nn.Linear(12, 8)), (1, nn.BatchNorm2d(9)),
+@pytest.mark.parametrize('i,new', [(1, nn.Identity()), (0, nn.Conv2d(3, 9, 3)), (0, nn.Identity()), (0, nn.Linear(12, 8)),
+                                   (0, nn.Conv2d(3, 24, (1, 3), bias=False)), (10, nn.Linear(4, 9)), (1, nn.BatchNorm2d(9)),
                                    (10, nn.Linear(9, 5)), (1, nn.BatchNorm2d(8, track_running_stats=False))])
 def test_plan_of_another_model(i, new):
     plan,m = plan_of(cnn(), img()),cnn()
     m[i] = new
     before = snapshot(m)
     for act in (plan.apply, plan.skeleton, lambda m: plan.apply(m, inplace=True)):
-        with pytest.raises(ValueError, match=f"plan expects.*'{i}'|'{i}'.*another model"): act(m)
+        with pytest.raises(ValueError, match=f"plan expects.*'{i}'|'{i}'.*another model|plan was made for a model of"): act(m)
     assert same(before, snapshot(m))
 
 def test_plan_of_a_folded_model():
@@ -733,7 +742,7 @@ def test_learner_the_other_way_round():
 def test_tabular_learner():
     g = np.random.default_rng(0)
     df = pd.DataFrame(dict(c=g.choice(['a', 'b', 'c'], 60), x=g.normal(size=60), z=g.normal(size=60), y=g.choice(['p', 'q'], 60)))
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['c'], cont_names=['x', 'z'], y_names='y', bs=16)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['c'], cont_names=['x', 'z'], y_names='y', y_block=CategoryBlock(), bs=16)
     learn = fit(tabular_learner(dls, layers=[8, 6]), 1)
     randomize(learn.model)
     with learn.no_bar(): before = learn.get_preds()[0]

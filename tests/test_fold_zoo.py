@@ -42,12 +42,16 @@ def test_without_data(name):
 
 @pytest.mark.parametrize('name', ['tv resnet18', 'tv mobilenet_v3_small'])
 def test_bfloat16_error_is_hardly_larger(name):
-    m,args = NETWORKS[name].build()
-    m.bfloat16()
-    x = args[0].bfloat16()
-    ref = outputs(copy.deepcopy(m).double(), [x.double()])[0]
-    def err(o): return float((outputs(o, [x])[0].double() - ref).norm()/ref.norm())
-    assert err(BN_Folder().fold(m, x)) <= 1.15*err(m)
+    "Against the network in float64: cast and folded at most 1.15 of the error of the unfolded one, folded and cast smaller than that"
+    errs = []
+    for seed in range(3):
+        m,(x,) = NETWORKS[name].build()
+        randomize(m, seed)
+        ref,low,x = outputs(m, [x])[0],copy.deepcopy(m).bfloat16(),x.bfloat16()
+        nets = low, BN_Folder().fold(low, x), BN_Folder().fold(m, x.double()).bfloat16()
+        errs.append([float((outputs(o, [x])[0].double() - ref).norm()/ref.norm()) for o in nets])
+    unfolded,folded,first = torch.tensor(errs).mean(0).tolist()
+    assert folded <= 1.15*unfolded and first <= unfolded
 
 @pytest.mark.parametrize('name', ['timm repvgg_a0', 'timm mobileone_s0'])
 def test_networks_that_can_merge_their_branches(name):
