@@ -30,7 +30,7 @@ def _log(*s): print(*s, file=sys.stderr, flush=True)
 
 def _ours(model, args):
     from fasterai.misc.all import BN_Folder
-    return BN_Folder().fold(model, args if len(args) > 1 else args[0])
+    return BN_Folder().fold(model, lambda m: m(*args))
 
 def _peer(model, args):
     import fasterai

@@ -26,10 +26,11 @@ def _norm(r):
 # Each takes a value and another one of the same size
 MOVES = [lambda x,z: x.transpose(1, 3), lambda x,z: x.transpose(1, 2), lambda x,z: x.permute(0, 3, 1, 2), lambda x,z: x.permute(0, 2, 3, 1), lambda x,z: x.clone(),
          lambda x,z: x.contiguous(), lambda x,z: x.reshape(2, C, -1).view(x.shape), lambda x,z: x.flatten(2).transpose(1, 2).reshape(x.shape),
-         lambda x,z: F.dropout(x, .5, False), lambda x,z: x.flatten(0, 1).unflatten(0, (2, C)), lambda x,z: x.movedim(1, -1)]
+         lambda x,z: F.dropout(x, .5, False), lambda x,z: x.flatten(0, 1).unflatten(0, (2, C)), lambda x,z: x.movedim(1, -1),
+         lambda x,z: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), lambda x,z: torch.cat([F.avg_pool2d(x, (1, 3), 1)]*2, -1), lambda x,z: F.pad(x, (1, 0), 'replicate')[..., :C]]
 STEPS = [lambda x,z: F.relu(x), lambda x,z: x + z, lambda x,z: x*z.sigmoid(), lambda x,z: x.add_(1), lambda x,z: F.relu(x, inplace=True), lambda x,z: x.mul_(.5) + z,
          lambda x,z: x.flip(-1), lambda x,z: torch.cat([x[:,:2], z[:,2:]], 1), lambda x,z: torch.cat(x.chunk(2, 1)[::-1], 1), lambda x,z: x + z.mean((2, 3), keepdim=True),
-         lambda x,z: F.pad(x, (1, 0))[..., :C], lambda x,z: x.view(-1).sub_(.1).view(x.shape) if x.is_contiguous() else x]
+         lambda x,z: F.pad(x, (1, 0))[..., :C], lambda x,z: F.avg_pool2d(x, 3, 1, 1), lambda x,z: F.avg_pool2d(x, (1, 2), 1, (0, 1), divisor_override=1)[..., :C], lambda x,z: x.view(-1).sub_(.1).view(x.shape) if x.is_contiguous() else x]
 
 class Random(nn.Module):
     "Layers, norms and steps as `seed` wills it"
@@ -41,7 +42,7 @@ class Random(nn.Module):
         self.norms = nn.ModuleList(_norm(r) for _ in range(r.randint(1, 3)))
         self.wide = nn.ModuleList(r.choice([nn.Conv2d(2*C, C, 1), nn.Conv2d(2*C, C, 3, padding=1), nn.Conv2d(2*C, C, 1, groups=2)]) for _ in range(2))
         for o in self.layers[1:]:       # some are tied
-            if r.random() < .1 and o.weight.shape == self.layers[0].weight.shape: o.weight = self.layers[0].weight
+            if r.random() < .15 and o.weight.shape == self.layers[0].weight.shape: o.weight = self.layers[0].weight
         self.program,fresh_l,fresh_n = [],[*range(len(self.layers))],[*range(len(self.norms))]
         def layer(): self._step(r, 'layer', fresh_l.pop() if fresh_l and r.random() < .85 else r.randrange(len(self.layers)))
         def norm(): self._step(r, 'norm', fresh_n.pop() if fresh_n and r.random() < .85 else r.randrange(len(self.norms)))
@@ -60,7 +61,7 @@ class Random(nn.Module):
                 layer()
             if kind == 'cat': self._step(r, 'cat', r.randrange(2))
             maybe(step, .5)
-            maybe(lambda: self._step(r, 'read', r.randrange(len(self.layers))), .05)
+            maybe(lambda: self._step(r, 'read', r.randrange(len(self.layers))), .1)
         self.returned = [-1] + [-r.randint(2, 4)]*(r.random() < .3)
         self.form,self.keeps = r.choice(['tuple', 'dict', 'list']),r.random() < .05
     def _step(self, r, kind, i):
