@@ -197,6 +197,27 @@ add('28 in-place add between', cbn(lambda s,x: s.bn(s.conv(x).add_(1))), left={'
 add('28 item set between', cbn(set_item), left={'bn': 'setitem'})
 add('28 written through a view', cbn(by_view), left={'bn': 'also goes to mul'})
 add('28 written behind the norm', net(after, bn=bn1(3), fc=lin()), rand(5, 3), left={'bn': r'goes to \w*add'})
+def before(s, x):
+    h = x*2
+    y = s.bn(h)
+    h.add_(1)
+    return s.fc(y)
+def before_by_view(s, x):
+    h = x*2
+    y = s.bn(h).unsqueeze(0)
+    h[:,0].zero_()
+    return s.fc(y)
+def into(s, x):
+    h = x*2
+    y = s.bn(h)
+    F.relu(h, inplace=True)
+    return s.fc(y) + s.fc2(h)
+for f in before, before_by_view, into:
+    add(f'28 input of the norm written behind it: {f.__name__}', net(f, bn=bn1(3), fc=lin(), fc2=lin()), rand(5, 3), left={'bn': 'written|add|zero|relu|input'})
+add('28 view of what the norm made contiguous', net(lambda s,x: s.bn(s.fc(x).transpose(1, 2)).view(-1, 7), fc=lin(), bn=bn1()), rand(5, 7, 3), left={'bn': 'failed'},
+    checked=False)
+add('28 layout of what the norm returns', net(lambda s,x: y if (y := s.bn(s.fc(x).transpose(1, 2))).is_contiguous() else y*2, fc=lin(), bn=bn1()), rand(5, 7, 3),
+    left={'bn': 'failed'}, checked=False)
 add('28 in-place relu after', seq(conv(), bn(), partial(nn.ReLU, inplace=True)), folded=BACK)
 add('29 scripted consumer', cbn(lambda s,x: s.bn(y := s.conv(x)) + doubled(y)), left={'bn': 'output of conv also goes to'})
 add('30 kept in an attribute', cbn(keep), left={'bn': 'conv is returned or kept'})
