@@ -877,6 +877,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fasterai.fold.plan': { 'fasterai.fold.plan.FoldPlan': ('fold/plan.html#foldplan', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan.FoldPlan._left': ('fold/plan.html#foldplan._left', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan.FoldPlan.apply': ('fold/plan.html#foldplan.apply', 'fasterai/fold/plan.py'),
+                                    'fasterai.fold.plan.FoldPlan.check': ('fold/plan.html#foldplan.check', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan.FoldPlan.edit': ('fold/plan.html#foldplan.edit', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan.FoldPlan.params_after': ( 'fold/plan.html#foldplan.params_after',
                                                                                   'fasterai/fold/plan.py'),

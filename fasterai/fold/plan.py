@@ -114,10 +114,10 @@ def _expect(ok, name, what, mods):
     raise ValueError(f'plan expects {name or "the model"!r} to be {what}, the model has {has}. Was the plan made for another model?')
 
 @patch
-def sites(self:FoldPlan, 
+def check(self:FoldPlan,
     model: nn.Module,
-) -> dict[str,nn.Module]:   # name of each norm that folds -> the norm
-    "The norms to fold in `model`; raises where it is not the one that was planned for"
+):
+    "Raise where `model` is not the one that was planned for"
     if not isinstance(model, nn.Module):
         hint = '; pass learn.model' if isinstance(getattr(model, 'model', None), nn.Module) else ''
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}{hint}.')
@@ -130,7 +130,14 @@ def sites(self:FoldPlan,
         for n in o.tail: _expect(n in mods, n, f'a part of {o.name!r}', mods)
     if self.params and (n := count_params(model)) != self.params:
         raise ValueError(f'plan was made for a model of {self.params:,} parameters, this one has {n:,}.')
-    return {o.name: mods[o.name] for o in self.replaced}
+
+@patch
+def sites(self:FoldPlan, 
+    model: nn.Module,   # the one that was planned for
+) -> dict:              # empty
+    "Layers whose outputs can be compared with those of what replaced them: none, since norms go"
+    self.check(model)
+    return {}
 
 # %% ../../nbs/fold/plan.ipynb #d2ec8d91
 def _taken(values, channels, outside):
@@ -182,7 +189,7 @@ def apply(self:FoldPlan,
 ) -> nn.Module:                 # a new model, or `model`; in eval mode, since it has no batch statistics
     "Fold the norms"
     model = _inner(model)
-    self.sites(model)
+    self.check(model)
     res = _fold_(model if inplace else copy_with(model), self)
     if (n := count_params(res)) != self.params_after and self.params:
         raise RuntimeError(f'the result is not what was planned: it has {n:,} parameters, not {self.params_after:,}.')
@@ -194,5 +201,5 @@ def skeleton(self:FoldPlan,
 ) -> nn.Module:             # a new model whose weights mean nothing yet
     "A copy of `model` with the structure of the result, for `load_state_dict`"
     model = _inner(model)
-    self.sites(model)
+    self.check(model)
     return _fold_(copy_with(model), self, values=False)
