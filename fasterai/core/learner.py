@@ -183,7 +183,7 @@ def _check_checkpoint(file, kept, model, state, prefix, metadata, strict, *args)
     if other: raise ValueError(f'{str(file)!r} holds a model that was decomposed to other ranks ({_some(other)}). Nothing was loaded. '
                                'Decompose by the same plan first: learn.undecompose(), then learn.decompose(plan=…).')
     has = model.state_dict().keys()
-    if kept is not None and strict and has != state.keys():
+    if kept is not None and strict and has & state.keys() and has != state.keys():
         odd = [*(has - state.keys()), *(state.keys() - has)]
         raise ValueError(f'{str(file)!r} holds another model than the compressed one of this Learner ({_some(sorted(odd))}). Nothing was loaded. '
                          'If it is the dense one, call learn.uncompress() first.')

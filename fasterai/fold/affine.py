@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['scale_and_shift', 'fold_back_', 'fold_forward_', 'overflows']
 
-# %% ../../nbs/fold/affine.ipynb #f9bbe1d9
-from collections.abc import Sequence
+# %% ../../nbs/fold/affine.ipynb #8d4267e0
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -32,7 +31,9 @@ def _over_groups(s, m):
     return s.view(g, 1, -1).expand(g, rows//g, -1).reshape(rows, -1)
 
 def _times_(m, S, extra=None):
-    "Multiply the weight of `m` by factors (rows, 1 or columns), a few rows at a time; with `extra` of that shape also its sum with the weight as it was"
+    """Multiply the weight of `m` by factors `S` (rows, 1 or columns), a few rows at a time; returns the sum of the weight, as it was, times `extra`
+    (of the same shape) for each row"""
+    if m.weight.is_inference(): m.weight = nn.Parameter(m.weight.clone(), m.weight.requires_grad)
     W = m.weight.data
     tiny,dims,sums = torch.finfo(W.dtype).smallest_normal,[1]*(W.ndim - 2),[]
     step = max(1, 2**20//max(1, W[0].numel()))
@@ -67,7 +68,6 @@ def fold_forward_(
     second: nn.Module|None = None,      # the layer behind it, which has the bias: `m` is the first of a low-rank pair
 ):
     "Make the layer take `s*x + t` in place of `x`"
-    W = m.weight
     shift = _times_(m, _over_groups(s, m), _over_groups(t, m))
     if second is not None: m,shift = second,_double(second.weight.detach()) @ shift
     _shift_(m, shift if m.bias is None else _double(m.bias.detach()) + shift)

@@ -32,14 +32,16 @@ class Finder:
     ):
         self.trace,self.forward,self.types = trace,forward,tuple(types)
         self.model = m = trace.model
-        self.names = {id(o): n for n,o in m.named_modules()}
-        self.norms,self.owners,self.folded = find_norms(m, types=self.types),_owners(m),{}     # index of a call -> name of a norm that is folded
+        self.modules = dict(m.named_modules())
+        self.names = {id(o): n for n,o in self.modules.items()}
+        self.norms,self.owners = find_norms(m, types=self.types),_owners(m)
+        self.folded = {}    # index of a call -> name of a norm that is folded
         of = {id(o.weight): o for o in m.modules() if isinstance(o._parameters.get('weight'), nn.Parameter)}
-        self.layers = {c.index: of[w] for c in trace.calls if c.func in CONVS|LINEARS and (w := getattr(c.arg('weight'), 'owner', None)) in of}
+        self.layers = {c.index: of[w] for c in trace.calls if c.func in CONVS|LINEARS and (w := _owner(c, 'weight')) in of}
         self.calls = defaultdict(list)      # id of a layer -> its calls
         for i,o in self.layers.items(): self.calls[id(o)].append(trace.calls[i])
         stats = {id(m.running_mean): ns[0] for ns,m in self.norms if m.running_mean is not None}
-        self.runs = {c.index: n for c in trace.calls if c.func in NORMS and (n := stats.get(getattr(c.arg('running_mean'), 'owner', None)))}
+        self.runs = {c.index: n for c in trace.calls if c.func in NORMS and (n := stats.get(_owner(c, 'running_mean'))) is not None}
         # the second layer of each low-rank pair by the id of the first
         self.seconds = {id(p[0]): p[1] for p in m.modules() if is_pair(p)}
 
@@ -48,6 +50,10 @@ class Finder:
         return c.index in self.folded or c.is_move()
     def _through(self, c, numbers): return numbers if c.index in self.folded else c.replay(numbers)
     def _callers(self, ids): return _callers(self.trace, ids, self.runs)
+
+def _owner(c, name):
+    "id of the Parameter or buffer that call `c` got as argument `name`"
+    return getattr(c.arg(name), 'owner', None)
 
 # %% ../../nbs/fold/find.ipynb #db4932b8
 @patch
@@ -62,9 +68,10 @@ def _check_layer(self:Finder, m):
     for p in (w, b):
         others = set() if p is None else self.trace.reads.get(p.untyped_storage()._cdata, set()) - {c.index for c in calls}
         if others: raise Stays(f'a parameter of {n} is also read by {self._callers(others)}')
-    if any(getattr(c.arg('bias'), 'owner', None) != (None if b is None else id(b)) for c in calls): raise Stays(f'{n} has a bias of its own kind')
-    if not w.isfinite().all(): raise ValueError(f'weight of {n!r} has NaN or infinite values: no norm can be folded into it. Repair the model, '
-                                                'or pass exclude= with the name of the norm.')
+    if any(_owner(c, 'bias') != (None if b is None else id(b)) for c in calls): raise Stays(f'{n} has a bias of its own kind')
+    if not w.isfinite().all():
+        raise ValueError(f'weight of {n!r} has NaN or infinite values: no norm can be folded into it. Repair the model, '
+                         'or pass exclude= with the name of the norm.')
 
 def _computed(c):
     "A reason for the input of a norm that comes from the layer call `c`, whose weight is no parameter"
@@ -81,7 +88,8 @@ def _target(self, m, channels, n_norm, way):
     "A `Target`, given for each channel of the layer that of the norm, -1 for none"
     second,name = self.seconds.get(id(m)) if way == 'forward' else None,self.names[id(m)]
     has_bias = second if second is not None else m
-    adds = 0 if has_bias.bias is not None else has_bias.weight.shape[1]*has_bias.groups if _is_transposed(has_bias) else len(has_bias.weight)
+    outputs = has_bias.weight.shape[1]*has_bias.groups if _is_transposed(has_bias) else len(has_bias.weight)
+    adds = outputs if has_bias.bias is None else 0
     same = channels == list(range(n_norm))
     return Target(name, adds, () if same else tuple(channels), '' if second is None else self.names[id(second)])
 
@@ -175,7 +183,7 @@ def _forward(self:Finder, uses, n_norm):
     targets,via = [],set()
     for k,pairs in readers.items():
         m,n = self.layers[pairs[0][0].index],self.names[k]
-        if others := {c.index for c in self.calls[k]} - {c.index for c,_ in pairs}: raise Stays(f'{n} is called elsewhere too')
+        if {c.index for c in self.calls[k]} - {c.index for c,_ in pairs}: raise Stays(f'{n} is called elsewhere too')
         self._check_layer(m)
         if _is_transposed(m): raise Stays(f'{n} is a transposed convolution, whose border the norm would have shifted')
         if any(_pads(c) for c,_ in pairs if c.func in CONVS): raise Stays(f'{n} pads with zeros, which the norm would have shifted')
@@ -197,13 +205,15 @@ def _check_pair(self:Finder, first, second):
     if seen != calls: raise Stays(f'{self.names[id(second)]} is called elsewhere too')
     self._check_layer(second)
 
-# %% ../../nbs/fold/find.ipynb #982b2e2e
+# %% ../../nbs/fold/find.ipynb #72ae38a6
 @patch
-def _row(self:Finder, names, m):
+def _row(self:Finder, names, m, reasons):
     "The decision about norm `m`, and the calls that it no longer makes"
     mean = m.running_mean if m.running_mean is not None else m.weight
     n = getattr(m, 'num_features', 0) if mean is None else len(mean)
-    row = dict(name=names[0], kind=type(m).__name__, channels=n, aliases=names[1:], params=sum(p.numel() for p in m.parameters(recurse=False)))
+    own = sum(p.numel() for p in m.parameters(recurse=False))
+    row = dict(name=names[0], kind=type(m).__name__, channels=n, aliases=names[1:], params=own)
+    if names[0] in reasons: return FoldRow(**row, reason=reasons[names[0]]), ()
     if why := norm_reason(m, self.model, self.types): return FoldRow(**row, reason=why), ()
     try:
         if not (uses := norm_uses(self.trace, m)): raise Stays('not reached by the data')
@@ -226,9 +236,8 @@ def _way(self:Finder, uses, n):
 @patch
 def _check_range(self:Finder, m, targets):
     s,t = scale_and_shift(m)
-    layers = {n: o for o in self.model.modules() if (n := self.names[id(o)]) in {to.layer for to in targets}}
     for to in targets:
-        o = layers[to.layer]
+        o = self.modules[to.layer]
         if o.weight.dtype != m.running_var.dtype: raise Stays(f'{to.layer} has another dtype than the norm')
         if o.weight.dtype == torch.float16 and overflows(o, _taken(s, to.channels, 1), _taken(t, to.channels, 0)):
             raise Stays(f'the folded weight of {to.layer} would leave the range of float16')
@@ -243,9 +252,8 @@ def rows(self:Finder,
     while todo:
         found = False
         for names,m in todo.items():
-            if names[0] in reasons: res[names] = FoldRow(names[0], type(m).__name__, getattr(m, 'num_features', 0), aliases=names[1:], reason=reasons[names[0]]); continue
-            res[names],gone = self._row(names, m)
+            res[names],gone = self._row(names, m, reasons)
             self.folded |= dict.fromkeys(gone, names[0])
             found |= bool(gone)
-        todo = {k: m for k,m in todo.items() if not res[k].changed and k[0] not in reasons} if found else {}
+        todo = {k: m for k,m in todo.items() if not res[k].changed} if found else {}
     return [res[k] for k,_ in self.norms]

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Target', 'FoldRow', 'FoldPlan', 'in_order']
 
-# %% ../../nbs/fold/plan.ipynb #17efaaab
-from collections.abc import Iterable, Mapping
+# %% ../../nbs/fold/plan.ipynb #c3f0fd76
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.arguments import _inner
-from ..core.modules import count_params, is_pair
+from ..core.modules import count_params
 from ..core.plan import Plan, Row
 from ..core.surgery import copy_with
 from .affine import fold_back_, fold_forward_, scale_and_shift
@@ -24,7 +24,8 @@ class Target:
     "A layer that takes in a norm"
     layer: str                      # its name
     adds: int = 0                   # parameters of the bias that it gets, 0 if it has one
-    channels: tuple[int,...] = ()   # for each channel of the layer that of the norm, -1 for one that the norm does not see; () if they are the same
+    # for each channel of the layer that of the norm, -1 for one that the norm does not see; () if they are the same
+    channels: tuple[int,...] = ()
     shift: str = ''                 # the layer whose bias takes the shift: the second of a low-rank pair; '' for the layer itself
 
     @classmethod
@@ -51,7 +52,8 @@ class FoldRow(Row):
     @property
     def into(self) -> tuple[str,...]: return tuple(o.layer for o in self.targets)
     def cells(self) -> dict[str,Any]:
-        return dict(norm=self.name or '(the model)', kind=self.kind, channels=self.channels, way=self.way, into=', '.join(self.into), reason=self.reason)
+        return dict(norm=self.name or '(the model)', kind=self.kind, channels=self.channels, way=self.way, into=', '.join(self.into),
+                    reason=self.reason)
     def misfit(self, m: nn.Module|None) -> str|None:
         "What stands in the place of the norm in a result, if it is a norm still"
         return f'a {type(m).__name__}' if hasattr(m, 'running_var') else None
@@ -103,31 +105,39 @@ def _left(self:FoldPlan, reasons):
         return replace(o, way='', targets=(), tail=(), via=(), reason=reasons.get(o.name, f'goes through {", ".join(o.via)}, which stays'))
     return replace(self, layers=tuple(map(f, self.layers)))
 
-# %% ../../nbs/fold/plan.ipynb #0bf42552
-def _expect(ok, plan, name, what, mods):
+# %% ../../nbs/fold/plan.ipynb #b1469767
+def _expect(ok, name, what, mods):
     if ok: return
     m = mods.get(name)
-    has = 'no such module' if m is None else f'{type(m).__name__}({", ".join(f"{k}={tuple(p.shape)}" for k,p in m.named_parameters(recurse=False))})'
+    sizes = () if m is None else (f'{k}={tuple(p.shape)}' for k,p in m.named_parameters(recurse=False))
+    has = 'no such module' if m is None else f'{type(m).__name__}({", ".join(sizes)})'
     raise ValueError(f'plan expects {name or "the model"!r} to be {what}, the model has {has}. Was the plan made for another model?')
 
 @patch
-def sites(self:FoldPlan, 
+def check(self:FoldPlan,
     model: nn.Module,
-) -> dict[str,nn.Module]:   # name of each norm that folds -> the norm
-    "The norms to fold in `model`; raises where it is not the one that was planned for"
+):
+    "Raise where `model` is not the one that was planned for"
     if not isinstance(model, nn.Module):
         hint = '; pass learn.model' if isinstance(getattr(model, 'model', None), nn.Module) else ''
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}{hint}.')
     mods = dict(model.named_modules(remove_duplicate=False))
     for o in self.replaced:
-        m = mods.get(o.name)
-        _expect(getattr(m, 'running_var', None) is not None and len(m.running_var) == o.channels, self, o.name, f'{o.kind} of {o.channels} channels', mods)
-        for t in o.targets:
-            for n in (t.layer, t.shift or t.layer): _expect(getattr(mods.get(n), 'weight', None) is not None, self, n, 'a layer with a weight', mods)
-        for n in o.tail: _expect(n in mods, self, n, f'a part of {o.name!r}', mods)
+        var = getattr(mods.get(o.name), 'running_var', None)
+        _expect(var is not None and len(var) == o.channels, o.name, f'{o.kind} of {o.channels} channels', mods)
+        for n in {n for t in o.targets for n in (t.layer, t.shift or t.layer)}:
+            _expect(getattr(mods.get(n), 'weight', None) is not None, n, 'a layer with a weight', mods)
+        for n in o.tail: _expect(n in mods, n, f'a part of {o.name!r}', mods)
     if self.params and (n := count_params(model)) != self.params:
         raise ValueError(f'plan was made for a model of {self.params:,} parameters, this one has {n:,}.')
-    return {o.name: mods[o.name] for o in self.replaced}
+
+@patch
+def sites(self:FoldPlan, 
+    model: nn.Module,   # the one that was planned for
+) -> dict:              # empty
+    "Layers whose outputs can be compared with those of what replaced them: none, since norms go"
+    self.check(model)
+    return {}
 
 # %% ../../nbs/fold/plan.ipynb #d2ec8d91
 def _taken(values, channels, outside):
@@ -179,7 +189,7 @@ def apply(self:FoldPlan,
 ) -> nn.Module:                 # a new model, or `model`; in eval mode, since it has no batch statistics
     "Fold the norms"
     model = _inner(model)
-    self.sites(model)
+    self.check(model)
     res = _fold_(model if inplace else copy_with(model), self)
     if (n := count_params(res)) != self.params_after and self.params:
         raise RuntimeError(f'the result is not what was planned: it has {n:,} parameters, not {self.params_after:,}.')
@@ -191,5 +201,5 @@ def skeleton(self:FoldPlan,
 ) -> nn.Module:             # a new model whose weights mean nothing yet
     "A copy of `model` with the structure of the result, for `load_state_dict`"
     model = _inner(model)
-    self.sites(model)
+    self.check(model)
     return _fold_(copy_with(model), self, values=False)

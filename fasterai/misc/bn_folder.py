@@ -93,8 +93,8 @@ def _notes(model, trace):
     "What there is to say of the model"
     if decided := sorted({c.name for c in trace.decisions()}):
         yield f'forward branches on values ({", ".join(decided)}): only the branch that these data take was seen'
-    merge = next((k for k in ('reparameterize','switch_to_deploy','fuse') for m in model.modules() if callable(getattr(type(m), k, None))), None)
-    if merge: yield f'the model has {merge}(): call it first, it merges branches that folding cannot'
+    merge = [k for k in ('reparameterize','switch_to_deploy','fuse') if any(callable(getattr(type(m), k, None)) for m in model.modules())]
+    if merge: yield f'the model has {merge[0]}(): call it first, it merges branches that folding cannot'
 
 @patch
 def plan(self:BN_Folder, 
@@ -110,6 +110,7 @@ def plan(self:BN_Folder,
     norms = find_norms(model, types=self.types)
     reasons,params = self._reasons(norms),count_params(model)
     if not norms: return FoldPlan((), repr(self), params, 'the model has no batch norm')
+    if any(p.is_meta for p in model.parameters()): raise ValueError('the model is on the meta device and holds no values: load its weights first.')
     runs = [find_input(model)] if data is None else mk_runs(model, data, n_batches)
     with left_as_found(model): trace = Trace(model).run(*[o.ready() for o in runs])
     rows = Finder(trace, forward=self.forward, types=self.types).rows(reasons)
