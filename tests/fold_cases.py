@@ -320,6 +320,11 @@ add('46 cat of two norms', net2(lambda s,x,z: s.fc(torch.cat([s.b1(x), s.b2(z)],
 add('46 cat of rows', net2(lambda s,x,z: s.fc(torch.cat([z, s.bn(x)])), bn=bn1(3), fc=lin()), rand(5, 3), rand(2, 3), left={'bn': 'channels'})
 add('47 two linears', net(lambda s,x: s.a(y := s.bn(x)) + s.b(y), bn=bn1(3), a=lin(), b=lin()), rand(5, 3), folded={'bn': 'forward a b'})
 add('48 norm, linear, norm', seq(bn1(3), lin(), bn1()), rand(5, 3), folded={'0': 'forward 1', '2': 'back 1'})
+add('48 norm behind a norm', seq(conv(), bn(), bn(eps=.1)), folded={'1': 'back 0', '2': 'back 0'})
+add('48 three norms, the one between with an activation', seq(conv(), bn(), partial(WithAct, 4), bn()), folded={'1': 'back 0', '2': 'back 0'},
+    left={'3': 'comes from|returned or kept'})
+add('48 two norms, linear', seq(bn1(3), bn1(3), lin()), rand(5, 3), folded={'0': 'forward 2', '1': 'forward 2'})
+add('48 one norm twice in a row', net(lambda s,x: s.bn(s.bn(s.conv(x))), conv=conv(), bn=bn()), left={'bn': 'comes from|goes to'})
 def pair(i=9, o=4, k=2): return lambda: nn.Sequential(nn.Linear(i, k, bias=False), nn.Linear(k, o))
 add('49 low-rank pair, norm', seq(pair(), bn1()), rand(5, 9), folded={'1': 'back 0.1'})
 add('49 norm, low-rank pair', seq(bn1(9), pair()), rand(5, 9), folded={'0': 'forward 1.0'})
