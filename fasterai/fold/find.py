@@ -13,11 +13,11 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
-from ..core.dataflow import CONVS, JOINS, LINEARS, NORMS, Call, Trace, _is_ref, channel_numbers
+from ..core.dataflow import CONVS, JOINS, LINEARS, NORMS, Call, Trace, _is_ref, channel_labels, labelled
 from ..core.modules import is_pair
 from ..core.reasons import _computed_reason, _owners, _tie_reason
 from ..core.surgery import _HOOKS
-from .affine import _is_transposed, overflows, scale_and_shift
+from .affine import _is_transposed, check_finite, overflows, scale_and_shift
 from .norms import Stays, _callers, check_own, find_norms, norm_reason, norm_uses
 from .plan import FoldRow, Target, _taken
 
@@ -48,7 +48,7 @@ class Finder:
     def over(self, c: Call) -> bool:
         "Does call `c` hand values on? A norm that is folded does"
         return c.index in self.folded or c.is_move()
-    def _through(self, c, numbers): return numbers if c.index in self.folded else c.replay(numbers)
+    def _through(self, c, labels): return labels if c.index in self.folded else c.replay(labels)
     def _callers(self, ids): return _callers(self.trace, ids, self.runs)
 
 def _owner(c, name):
@@ -69,9 +69,7 @@ def _check_layer(self:Finder, m):
         others = set() if p is None else self.trace.reads.get(p.untyped_storage()._cdata, set()) - {c.index for c in calls}
         if others: raise Stays(f'a parameter of {n} is also read by {self._callers(others)}')
     if any(_owner(c, 'bias') != (None if b is None else id(b)) for c in calls): raise Stays(f'{n} has a bias of its own kind')
-    if not w.isfinite().all():
-        raise ValueError(f'weight of {n!r} has NaN or infinite values: no norm can be folded into it. Repair the model, '
-                         'or pass exclude= with the name of the norm.')
+    check_finite(n, dict(weight=w, bias=b))
 
 def _computed(c):
     "A reason for the input of a norm that comes from the layer call `c`, whose weight is no parameter"
@@ -98,14 +96,12 @@ def _written(src, m, path, use, through):
     y,x = src.outs[0],use.input
     dim = _channel_dim(src, y, m)
     if not path and dim == 1: return list(range(y.shape[1]))
-    numbers = channel_numbers(y.shape, dim)
-    for c in path: numbers = through(c, numbers)
-    if tuple(numbers.shape) != x.shape or len(x.shape) < 2: return None
-    at,want = numbers.long(),channel_numbers(x.shape, 1)
-    to = torch.zeros(y.shape[dim] + 1, dtype=want.dtype)
-    if (at != numbers).any(): return None
-    to.scatter_(0, at.flatten(), want.flatten())
-    return [int(o) - 1 for o in to[1:]] if (to[at] == want).all() and (to[1:] > 0).all() else None
+    labels = channel_labels(y.shape, dim)
+    for c in path: labels = through(c, labels)
+    if tuple(labels.shape) != x.shape or len(x.shape) < 2 or (at := labelled(labels, y.shape[dim])) is None or (at < 0).any(): return None
+    want = torch.arange(x.shape[1]).view(-1, *[1]*(len(x.shape) - 2)).expand(x.shape)
+    to = torch.full((y.shape[dim],), -1).scatter_(0, at.flatten(), want.flatten())
+    return to.tolist() if (to[at] == want).all() and (to >= 0).all() else None
 
 # %% ../../nbs/fold/find.ipynb #271da8a4
 @patch
@@ -148,15 +144,15 @@ def _pads(c):
     return any(p) if isinstance(p, (tuple, list)) else bool(p)
 
 @patch
-def _numbers(self:Finder, ref, use, via):
-    "Channels of the norm in each place of `ref`, 0 for values from elsewhere"
-    if ref == use.output: return channel_numbers(ref.shape, 1)
+def _labels(self:Finder, ref, use, via):
+    "Labels of the channels of the norm in each place of `ref`, 0 for values from elsewhere"
+    if ref == use.output: return channel_labels(ref.shape, 1)
     c = None if ref.call is None else self.trace.calls[ref.call]
     if c is not None and self.over(c):
         if c.index in self.folded: via.add(self.folded[c.index])
-        return self._through(c, self._numbers(c.refs[0], use, via))
+        return self._through(c, self._labels(c.refs[0], use, via))
     if c is not None and c.func in JOINS:
-        args,kwargs = tree_map(lambda o: self._numbers(o, use, via) if _is_ref(o) else o, (c.args, c.kwargs), is_leaf=_is_ref)
+        args,kwargs = tree_map(lambda o: self._labels(o, use, via) if _is_ref(o) else o, (c.args, c.kwargs), is_leaf=_is_ref)
         return c.func(*args, **kwargs)
     return torch.zeros(ref.shape, dtype=torch.float64)
 
@@ -164,10 +160,10 @@ def _numbers(self:Finder, ref, use, via):
 def _read(self:Finder, c, m, use, via):
     "For each input channel of layer `m`, called by `c`, the channel of the norm, -1 for one from elsewhere; None where positions differ"
     x = c.refs[0]
-    numbers,dim = self._numbers(x, use, via),_channel_dim(c, x, m)
-    rows = numbers.movedim(dim, 0).reshape(x.shape[dim], -1)
-    ok = rows.numel() and (rows == rows[:,:1]).all() and (rows == rows.round()).all()
-    return [int(o) - 1 for o in rows[:,0]] if ok else None
+    dim,at = _channel_dim(c, x, m),labelled(self._labels(x, use, via), use.output.shape[1])
+    if at is None or not at.numel(): return None
+    rows = at.movedim(dim, 0).reshape(x.shape[dim], -1)
+    return rows[:,0].tolist() if (rows == rows[:,:1]).all() else None
 
 # %% ../../nbs/fold/find.ipynb #6dc4d14d
 @patch

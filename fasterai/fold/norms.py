@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from ..core.dataflow import NORMS, Ref, Trace
 from ..core.surgery import _HOOKS
+from .affine import check_finite
 
 # %% ../../nbs/fold/norms.ipynb #f334aa7a
 def _looks_like_norm(m): return 'BatchNorm' in type(m).__name__ and isinstance(getattr(m, 'running_var', None), torch.Tensor)
@@ -109,8 +110,7 @@ def check_own(
     own = frozenset().union(*(u.calls for u in uses))
     for k in ('running_mean','running_var','weight','bias'):
         if (t := getattr(m, k)) is None: continue
-        if not t.isfinite().all(): raise ValueError(f'{k} of {name or "the model"!r} has NaN or infinite values: it cannot be folded. '
-                                                    'Repair the model, or pass exclude= with this name.')
+        check_finite(name, {k: t})
         if others := tr.reads.get(t.untyped_storage()._cdata, set()) - own: raise Stays(f'its {k} is also read by {_callers(tr, others)}')
     if any(len({u.input.dtype, u.output.dtype, m.running_var.dtype}) > 1 for u in uses):
         raise Stays('its input, output and statistics differ in dtype')

@@ -15,8 +15,8 @@ from torch import nn
 from ..core.arguments import _inner
 from ..core.modules import count_params
 from ..core.plan import Plan, Row
-from ..core.surgery import copy_with
-from .affine import fold_back_, fold_forward_, scale_and_shift
+from ..core.surgery import _become, copy_with
+from .affine import _is_transposed, check_finite, fold_back_, fold_forward_, scale_and_shift
 
 # %% ../../nbs/fold/plan.ipynb #00beb45b
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class FoldRow(Row):
         return f'a {type(m).__name__}' if hasattr(m, 'running_var') else None
     @classmethod
     def from_dict(cls, d: dict) -> 'FoldRow':
+        if d['way'] not in ('', 'back', 'forward') or not isinstance(d['channels'], int): raise ValueError(f'{d["name"]!r} has no such way or channels')
         return super().from_dict(d | dict(targets=[Target.from_dict(o) for o in d.get('targets', ())]))
 
 # %% ../../nbs/fold/plan.ipynb #ca58a28b
@@ -113,6 +114,12 @@ def _expect(ok, name, what, mods):
     has = 'no such module' if m is None else f'{type(m).__name__}({", ".join(sizes)})'
     raise ValueError(f'plan expects {name or "the model"!r} to be {what}, the model has {has}. Was the plan made for another model?')
 
+def _features(m, way):
+    "Channels that layer `m` writes (`way='back'`) or reads; None if it is no layer"
+    w = getattr(m, 'weight', None)
+    if not isinstance(w, nn.Parameter) or w.ndim < 2: return None
+    return w.shape[1]*getattr(m, 'groups', 1) if _is_transposed(m) == (way == 'back') else len(w)
+
 @patch
 def check(self:FoldPlan,
     model: nn.Module,
@@ -125,11 +132,21 @@ def check(self:FoldPlan,
     for o in self.replaced:
         var = getattr(mods.get(o.name), 'running_var', None)
         _expect(var is not None and len(var) == o.channels, o.name, f'{o.kind} of {o.channels} channels', mods)
-        for n in {n for t in o.targets for n in (t.layer, t.shift or t.layer)}:
-            _expect(getattr(mods.get(n), 'weight', None) is not None, n, 'a layer with a weight', mods)
+        for t in o.targets:
+            n = len(t.channels) or o.channels
+            _expect(_features(mods.get(t.layer), o.way) == n, t.layer, f'a layer of {n} {"outputs" if o.way == "back" else "inputs"}', mods)
+            _expect(not t.shift or _features(mods.get(t.shift), 'back') is not None, t.shift, 'the second layer of a pair', mods)
         for n in o.tail: _expect(n in mods, n, f'a part of {o.name!r}', mods)
     if self.params and (n := count_params(model)) != self.params:
         raise ValueError(f'plan was made for a model of {self.params:,} parameters, this one has {n:,}.')
+
+@patch
+def _check_values(self:FoldPlan, model):
+    mods = dict(model.named_modules(remove_duplicate=False))
+    for o in self.replaced:
+        for n in (o.name, *o.into, *(t.shift for t in o.targets if t.shift)):
+            m = mods[n]
+            check_finite(n, {k: t for k in ('running_mean','running_var','weight','bias') if (t := getattr(m, k, None)) is not None})
 
 @patch
 def sites(self:FoldPlan, 
@@ -163,13 +180,9 @@ def _add_biases(mods, rows):
 def _in_place_of(mods, row):
     "What stands where the norm stood"
     tail = [m for n in row.tail if not isinstance(m := mods[n], nn.Identity)]
-    return nn.Identity() if not tail else tail[0] if len(tail) == 1 else nn.Sequential(*tail)
-
-def _put(model, new):
-    "Replace modules (id -> module) under all their names"
-    for m in list(model.modules()):
-        for k,c in m._modules.items():
-            if id(c) in new: m._modules[k] = new[id(c)]
+    res = nn.Identity() if not tail else tail[0] if len(tail) == 1 else nn.Sequential(*tail)
+    if len(tail) != 1: res.training = mods[row.name].training
+    return res
 
 # %% ../../nbs/fold/plan.ipynb #96d43dd0
 def _fold_(model, plan, values=True):
@@ -178,7 +191,7 @@ def _fold_(model, plan, values=True):
     with torch.inference_mode(False), torch.no_grad():
         if values: _take_in(mods, rows)
         else: _add_biases(mods, rows)
-    _put(model, {id(mods[o.name]): _in_place_of(mods, o) for o in rows})
+    for o in rows: _become(mods[o.name], _in_place_of(mods, o))     # the same object: whoever holds the norm holds what replaces it
     return model.eval() if model.training else model        # else a norm in training mode would change
 
 @patch
@@ -190,6 +203,7 @@ def apply(self:FoldPlan,
     "Fold the norms"
     model = _inner(model)
     self.check(model)
+    self._check_values(model)
     res = _fold_(model if inplace else copy_with(model), self)
     if (n := count_params(res)) != self.params_after and self.params:
         raise RuntimeError(f'the result is not what was planned: it has {n:,} parameters, not {self.params_after:,}.')

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from ..core.batches import Batches, _explained, _seed, left_as_found
 from ..core.check import _FAILS, _numbers
-from ..core.surgery import copy_with
+from ..core.surgery import _become, copy_with
 from .norms import find_norms
-from .plan import FoldPlan, _in_place_of, _put, _take_in, in_order
+from .plan import FoldPlan, _in_place_of, _take_in, in_order
 
 # %% ../../nbs/fold/prove.ipynb #dcb9b73d
 @dataclass(eq=False)
@@ -80,13 +80,16 @@ def _folded(model, rows):
     mods = dict(model.named_modules(remove_duplicate=False))
     layers = {id(m): m for o in rows for t in o.targets for m in (mods[t.layer], mods[t.shift or t.layer])}.values()
     old = [(m, m.weight.detach().clone(), m.bias, None if m.bias is None else m.bias.detach().clone()) for m in layers]
-    places = [(m, dict(m._modules)) for m in model.modules()]
+    norms = [(m := mods[o.name], m.__class__, dict(m.__dict__)) for o in rows]
     try:
         _take_in(mods, rows)
-        _put(model, {id(mods[o.name]): _in_place_of(mods, o) for o in rows})
+        for o in rows: _become(mods[o.name], _in_place_of(mods, o))
         yield
     finally:
-        for m,parts in places: m._modules.update(parts)
+        for m,cls,d in norms:
+            m.__class__ = cls
+            m.__dict__.clear()
+            m.__dict__.update(d)
         for m,w,bias,b in old:
             m.weight.copy_(w)
             m.bias = bias
