@@ -144,6 +144,22 @@ add('18 a view returned', cbn(lambda s,x: (s.bn(y := s.conv(x)), y.flatten(1))),
 add('19 two norms', net(lambda s,x: (lambda y: s.b1(y) + s.b2(y))(s.conv(x)), conv=conv(), b1=bn(), b2=bn()),
     left={'b1': 'output of conv also goes to b2', 'b2': 'output of conv also goes to b1'})
 
+add('14 called by keyword', cbn(lambda s,x: s.bn(input=s.conv(input=x))), folded=SEEN)
+def by_class(s, x):
+    for o in s.layers: x = F.relu(o(x)) if isinstance(o, nn.BatchNorm2d) else o(x)
+    return x
+add('15 forward asks for the class', net(by_class, layers=lambda: nn.ModuleList([conv()(), bn()(), conv(4)()])), left={'layers.1': 'failed'}, checked=False)
+add('16 nearest neighbours between', seq(conv(), partial(nn.Upsample, scale_factor=2), bn()), left={'2': 'comes from interpolate|comes from upsample'})
+add('17 read by NumPy', cbn(lambda s,x: s.bn(y := s.conv(x)) + torch.from_numpy(y.numpy()*2)), left={'bn': 'also goes to numpy|is returned or kept'})
+add('17 read as numbers', cbn(lambda s,x: s.bn(y := s.conv(x)) + y[0,0,0,0].item()), left={'bn': 'also goes to item'})
+PERM = torch.tensor([2, 0, 3, 1])
+def of_index(s, x): return s.bn(s.conv(x)[:,PERM])
+def of_mask(s, x): return s.bn(s.conv(x)[x[:,0,0,0] > -9])
+def of_select(s, x): return s.bn(torch.index_select(s.conv(x), 1, PERM))
+def of_gather(s, x): return s.bn(s.conv(x).gather(1, PERM[None,:,None,None].expand(len(x), 4, 8, 8)))
+FREE = '19 channels by index'     # it is free to fold them or to leave them, but not to fail or to be wrong
+for f in of_index, of_mask, of_select, of_gather: add(f'{FREE}: {f.__name__}', cbn(f), left={'bn': '.'})
+
 # 20-27: layers, norms and parameters that are shared
 add('20 shared conv, shared norm', cbn(lambda s,x: s.bn(s.conv(x)) + s.bn(s.conv(x.flip(-1)*2))), folded=SEEN)
 add('21 shared conv, separate norms', net(lambda s,x: s.b1(s.conv(x)) + s.b2(s.conv(x*2)), conv=conv(), b1=bn(), b2=bn()),
@@ -254,6 +270,13 @@ add('33 without statistics', seq(conv(), bn(track_running_stats=False)), left={'
 add('34 momentum=None', seq(conv(), bn(momentum=None)), folded=BACK)
 add('34 eps', seq(conv(), bn(eps=.1)), folded=BACK)
 add('35 norm in train mode', seq(conv(), bn(), nn.ReLU, conv(4), bn()), last=train('1'), left={'1': STATS}, folded={'4': 'back 3'})
+class Odd(nn.Module):
+    "Does something in train mode only"
+    def forward(self, x): return x.relu() if self.training else x
+add('35 dropout in train mode between', seq(conv(), partial(nn.Dropout, .5), bn()), last=train('1'), left={'2': 'comes from dropout'})
+add('35 dropout in train mode behind', seq(bn1(3), partial(nn.Dropout, .5), lin()), rand(5, 3), last=train('1'), left={'0': 'goes to dropout'})
+add('35 a part in train mode', seq(conv(), Odd, bn()), last=train('1'), left={'2': 'comes from relu'})
+add('35 a part that does nothing in eval mode', seq(conv(), Odd, bn()), folded={'2': 'back 0'})
 COMPUTED = 'weight of 0 is computed|parametrized|weight is computed'
 add('37 weight_norm', lambda: nn.Sequential(parametrizations.weight_norm(conv()()), bn()()), left={'1': COMPUTED})
 add('37 spectral_norm', lambda: nn.Sequential(parametrizations.spectral_norm(conv()()), bn()()), left={'1': COMPUTED})
