@@ -172,7 +172,8 @@ def _count(results):
 def _checks(lat, costs, halves, nets, cases, quick):
     "(met?, sentence)"
     for (name,b),r in lat.items():
-        if (limit := TARGETS.get((name, b))): yield (x := r['ratio'][OURS]) <= limit, f'{name}, batch {b}: {x:.3f} of the time of the unfolded network, at most {limit:g}'
+        if (limit := TARGETS.get((name, b))) is None: continue
+        yield (x := r['ratio'][OURS]) <= limit, f'{name}, batch {b}: {x:.3f} of the time of the unfolded network, at most {limit:g}'
     for name,c in costs.items():
         yield c['plan'] <= PLAN, f'{name}: a plan takes {c["plan"]:.1f} forward passes, at most {PLAN}'
         yield c['check'] <= CHECK, f'{name}: its check takes {c["check"]:.1f} forward passes, at most {CHECK}'
@@ -198,18 +199,23 @@ def _report(lat, costs, halves, nets, cases, opts, checks):
     def total(label, k, res): return [label, '', *(f'{_count(res)[t][k]:,}' for t in TOOLS)]
     total_rows = [['**norms folded in right networks**', f'{_count(nets)[OURS]["norms"]:,}', *(f'**{_count(nets)[t]["gone"]:,}**' for t in TOOLS)],
                   total('wrong networks', 'wrong', nets), total('failed networks', 'failed', nets)]
-    case_rows = [[k, *(str(_count(cases)[t][k]) for t in TOOLS)] for k in ('right', 'wrong', 'failed')] + [['norms folded in right cases', *(str(_count(cases)[t]['gone']) for t in TOOLS)]]
+    words = dict(right='right', wrong='wrong', failed='failed', gone='norms folded in right cases')
+    case_rows = [[words[k], *(str(_count(cases)[t][k]) for t in TOOLS)] for k in words]
+    cost_rows = [[n, f'{c["ms"]:.0f}', *(f'{c[k]:.1f}' for k in ('plan', 'check', 'apply'))] for n,c in costs.items()]
+    half_rows = [[n, *(f'{v:.4f}' for v in h.values())] for n,h in halves.items()]
     return '\n'.join([f'# Folding batch norms: {names[0]}, {PEER} and {FX}', '', f'`python benchmarks/fold.py{opts}`', '',
         f'{where}{libs}. Random weights and random statistics.', '',
-        '## Latency', '', 'Images of 224×224 pixels, float32. Processor time of turns in which each network takes its place; the ratio is the median over all turns of the '
-        'time of the folded network to that of the unfolded one.', '', *_md(['network', 'batch', 'unfolded, ms', *names], rows, 5), '',
+        '## Latency', '', 'Images of 224×224 pixels, float32. Processor time of turns in which each network takes its place; '
+        'the ratio is the median over all turns of the time of the folded network to that of the unfolded one.', '', *_md(['network', 'batch', 'unfolded, ms', *names], rows, 5), '',
         '## Cost', '', 'Processor time, in forward passes of the unfolded network at batch 2.', '',
-        *_md(['network', 'forward, ms', 'plan without check', 'check', 'apply'], [[n, f'{c["ms"]:.0f}', *(f'{c[k]:.1f}' for k in ('plan', 'check', 'apply'))] for n,c in costs.items()], 4), '',
-        '## bfloat16', '', 'Relative error of the outputs against the float32 network, run in float64; mean of three draws. The network is cast and then folded, or folded and then cast.', '',
-        *_md(['network', 'unfolded', 'cast, folded', 'folded, cast', f'cast, folded by {FX}'], [[n, *(f'{v:.4f}' for v in h.values())] for n,h in halves.items()], 4), '',
+        *_md(['network', 'forward, ms', 'plan without check', 'check', 'apply'], cost_rows, 4), '',
+        '## bfloat16', '', 'Relative error of the outputs against the float32 network, run in float64; mean of three draws. '
+        'The network is cast and then folded, or folded and then cast.', '',
+        *_md(['network', 'unfolded', 'cast, folded', 'folded, cast', f'cast, folded by {FX}'], half_rows, 4), '',
         '## Networks', '', 'Norms that are gone. *wrong*: the outputs differ, with their relative error; *failed*: an exception.', '',
         *_md(['network', 'norms', *names], net_rows + total_rows, 4), '',
-        '## Cases', '', f'The {len(cases[OURS])} small networks of `tests/fold_cases.py`, where folding is easy to get wrong.', '', *_md(['', *names], case_rows, 3), '',
+        '## Cases', '', f'The {len(cases[OURS])} small networks of `tests/fold_cases.py`, where folding is easy to get wrong.', '',
+        *_md(['', *names], case_rows, 3), '',
         '## Targets', '', *[f'- {"met" if ok else "**missed**"}: {s}' for ok,s in checks], ''])
 
 @call_parse

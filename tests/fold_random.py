@@ -24,14 +24,17 @@ def _norm(r):
     return nn.BatchNorm2d(C, affine=kind != 'no affine', track_running_stats=kind != 'no stats')
 
 # Each takes a value and another one of the same size
-MOVES = [lambda x,z: x.transpose(1, 3), lambda x,z: x.transpose(1, 2), lambda x,z: x.permute(0, 3, 1, 2), lambda x,z: x.permute(0, 2, 3, 1), lambda x,z: x.clone(),
-         lambda x,z: x.contiguous(), lambda x,z: x.reshape(2, C, -1).view(x.shape), lambda x,z: x.flatten(2).transpose(1, 2).reshape(x.shape),
-         lambda x,z: F.dropout(x, .5, False), lambda x,z: x.flatten(0, 1).unflatten(0, (2, C)), lambda x,z: x.movedim(1, -1),
-         lambda x,z: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), lambda x,z: torch.cat([F.avg_pool2d(x, (1, 3), 1)]*2, -1), lambda x,z: F.pad(x, (1, 0, 0, 0), 'replicate')[..., :C]]
-STEPS = [lambda x,z: F.relu(x), lambda x,z: x + z, lambda x,z: x*z.sigmoid(), lambda x,z: x.add_(1), lambda x,z: F.relu(x, inplace=True), lambda x,z: x.mul_(.5) + z,
-         lambda x,z: x.flip(-1), lambda x,z: torch.cat([x[:,:2], z[:,2:]], 1), lambda x,z: torch.cat(x.chunk(2, 1)[::-1], 1), lambda x,z: x + z.mean((2, 3), keepdim=True),
-         lambda x,z: F.pad(x, (1, 0))[..., :C], lambda x,z: F.avg_pool2d(x, 3, 1, 1), lambda x,z: F.avg_pool2d(x, (1, 2), 1, (0, 1), divisor_override=1)[..., :C], lambda x,z: x.unsqueeze(0).sub_(.1).squeeze(0),
-         lambda x,z: (x + z, z.mul_(.9))[0], lambda x,z: (x*1, x.sub_(.2))[0]]
+MOVES = [lambda x,z: x.transpose(1, 3), lambda x,z: x.transpose(1, 2), lambda x,z: x.permute(0, 3, 1, 2), lambda x,z: x.permute(0, 2, 3, 1),
+         lambda x,z: x.clone(), lambda x,z: x.contiguous(), lambda x,z: x.reshape(2, C, -1).view(x.shape), lambda x,z: x.movedim(1, -1),
+         lambda x,z: x.flatten(2).transpose(1, 2).reshape(x.shape), lambda x,z: x.flatten(0, 1).unflatten(0, (2, C)),
+         lambda x,z: F.dropout(x, .5, False), lambda x,z: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+         lambda x,z: torch.cat([F.avg_pool2d(x, (1, 3), 1)]*2, -1), lambda x,z: F.pad(x, (1, 0, 0, 0), 'replicate')[..., :C],
+         lambda x,z: (x, z.mul_(.9))[0]]
+STEPS = [lambda x,z: F.relu(x), lambda x,z: F.relu(x, inplace=True), lambda x,z: x.add_(1), lambda x,z: x + z, lambda x,z: x*z.sigmoid(),
+         lambda x,z: x.mul_(.5) + z, lambda x,z: x + z.mean((2, 3), keepdim=True), lambda x,z: x.flip(-1),
+         lambda x,z: torch.cat([x[:,:2], z[:,2:]], 1), lambda x,z: torch.cat(x.chunk(2, 1)[::-1], 1), lambda x,z: F.pad(x, (1, 0))[..., :C],
+         lambda x,z: F.avg_pool2d(x, 3, 1, 1), lambda x,z: F.avg_pool2d(x, (1, 2), 1, (0, 1), divisor_override=1)[..., :C],
+         lambda x,z: x.unsqueeze(0).sub_(.1).squeeze(0), lambda x,z: (x + z, z.mul_(.9))[0], lambda x,z: (x*1, x.sub_(.2))[0]]
 
 class Random(nn.Module):
     "Layers, norms and steps as `seed` wills it"
@@ -41,7 +44,7 @@ class Random(nn.Module):
         torch.manual_seed(seed)
         self.layers = nn.ModuleList(_layer(r) for _ in range(r.randint(2, 5)))
         self.norms = nn.ModuleList(_norm(r) for _ in range(r.randint(1, 3)))
-        self.wide = nn.ModuleList(r.choice([nn.Conv2d(2*C, C, 1), nn.Conv2d(2*C, C, 3, padding=1), nn.Conv2d(2*C, C, 1, groups=2)]) for _ in range(2))
+        self.wide = nn.ModuleList(nn.Conv2d(2*C, C, k, padding=k//2, groups=g) for k,g in r.sample([(1, 1), (3, 1), (1, 2)], 2))
         for o in self.layers[1:]:       # some are tied
             if r.random() < .15 and o.weight.shape == self.layers[0].weight.shape: o.weight = self.layers[0].weight
         self.program,fresh_l,fresh_n = [],[*range(len(self.layers))],[*range(len(self.norms))]

@@ -659,7 +659,8 @@ def test_keyword_inputs():
     assert rows(plan) == {'bn': ('back', ('conv',))} and rel(outputs(plan.apply(m), (), kw), outputs(m, (), kw)) < 1e-9
 
 @pytest.mark.parametrize('make,ok', [(cnn, True), (mlp, True), (lambda: nn.Sequential(cnn(), mlp()), False),
-                                     (net2(lambda s,x,z: s.bn(s.conv(x)) + z, conv=conv(), bn=bn()), False)], ids=['images', 'rows', 'fits nothing', 'two inputs'])
+                                     (net2(lambda s,x,z: s.bn(s.conv(x)) + z, conv=conv(), bn=bn()), False)],
+                         ids=['images', 'rows', 'fits nothing', 'two inputs'])
 def test_without_data(make, ok):
     "An input that the model runs on is found, or asked for"
     m = make().eval()
