@@ -206,7 +206,8 @@ def _report(lat, costs, halves, nets, cases, opts, checks):
     return '\n'.join([f'# Folding batch norms: {names[0]}, {PEER} and {FX}', '', f'`python benchmarks/fold.py{opts}`', '',
         f'{where}{libs}. Random weights and random statistics.', '',
         '## Latency', '', 'Images of 224×224 pixels, float32. Processor time of turns in which each network takes its place; '
-        'the ratio is the median over all turns of the time of the folded network to that of the unfolded one.', '', *_md(['network', 'batch', 'unfolded, ms', *names], rows, 5), '',
+        'the ratio is the median over all turns of the time of the folded network to that of the unfolded one.', '',
+        *_md(['network', 'batch', 'unfolded, ms', *names], rows, 5), '',
         '## Cost', '', 'Processor time, in forward passes of the unfolded network at batch 2.', '',
         *_md(['network', 'forward, ms', 'plan without check', 'check', 'apply'], cost_rows, 4), '',
         '## bfloat16', '', 'Relative error of the outputs against the float32 network, run in float64; mean of three draws. '

@@ -189,6 +189,7 @@ add('25 one block twice', twice, folded={'0.1': 'back 0.0'})
 add('25 one conv and norm under two names', two_names, folded={'0.1': 'back 0.0'})
 add('26 tied weights', lambda: tie(net(lambda s,x: s.bn(s.c1(x)) + s.c2(x), **TWO), 'c1.weight', 'c2.weight'),
     left={'bn': 'read by|elsewhere|tied|not by calling'})
+add('26 tied with a layer that does not run', lambda: tie(net(lambda s,x: s.bn(s.c1(x)), **TWO), 'c1.weight', 'c2.weight'), left={'bn': 'tied|read by'})
 add('26 tied biases', lambda: tie(net(lambda s,x: s.bn(s.c1(x)) + s.c2(x), **TWO), 'c1.bias', 'c2.bias'), left={'bn': 'read by|elsewhere|tied'})
 add('26 tied scales of norms', lambda: tie(seq(conv(), bn(), nn.ReLU, conv(4), bn()), '1.weight', '4.weight'), left={'1': 'also read by', '4': 'also read by'})
 add('27 weight read elsewhere', cbn(lambda s,x: s.bn(s.conv(x)) + s.conv.weight.sum()), left={'bn': 'parameter of conv is also read by sum'})
@@ -270,6 +271,7 @@ class Doubled(nn.BatchNorm2d):
 STATS = 'batch statistics'
 def train(name): return lambda m: m.get_submodule(name).train()
 add('32 without scale and shift', seq(conv(), bn(affine=False)), folded=BACK)
+add('32 scale without shift', seq(conv(), bn(bias=False)), folded=BACK)
 add('33 without statistics', seq(conv(), bn(track_running_stats=False)), left={'1': STATS})
 add('34 momentum=None', seq(conv(), bn(momentum=None)), folded=BACK)
 add('34 eps', seq(conv(), bn(eps=.1)), folded=BACK)
@@ -287,6 +289,12 @@ add('37 spectral_norm', lambda: nn.Sequential(parametrizations.spectral_norm(con
 add('37 old weight_norm', lambda: nn.Sequential(nn.utils.weight_norm(conv()()), bn()()), left={'1': COMPUTED})
 add('37 old spectral_norm', lambda: nn.Sequential(nn.utils.spectral_norm(conv()()), bn()()), left={'1': COMPUTED})
 add('37 pruned', lambda: nn.Sequential(prune.l1_unstructured(conv()(), 'weight', 5), bn()()), left={'1': COMPUTED})
+class Abs(nn.Module):
+    def forward(self, w): return w.abs()
+def with_abs(m):
+    nn.utils.parametrize.register_parametrization(m[1], 'weight', Abs())
+    return m
+add('37 parametrized norm', lambda: with_abs(seq(conv(), bn())()), left={'1': 'computed|parametri'})
 class Standardized(nn.Conv2d):
     def forward(self, x):
         w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)

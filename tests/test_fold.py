@@ -361,6 +361,29 @@ def test_weights_in_odd_memory():
             assert rel(outputs(small, [x]), want) < 1e-9, (make.__name__, inplace)
             assert make is flat or not norms(small)
 
+def test_a_weight_that_would_leave_the_range_of_its_dtype():
+    m = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-9)).eval().half()
+    m[0].weight.data[0,0,0,0],m[1].running_var[0] = 300, 1e-6
+    plan = plan_of(m, img(dtype=torch.half))
+    assert not plan.replaced and 'float16' in plan['1'].reason
+
+def test_models_made_by_torch():
+    "Of symbolic tracing, with parts that are compiled"
+    traced,parts = torch.fx.symbolic_trace(cnn()),cnn()
+    assert rows(plan_of(traced, img())) == INTO
+    assert rel(outputs(BN_Folder().fold(traced, img()), [img()]), outputs(cnn(), [img()])) < 1e-5
+    parts[0],parts[3] = (torch.compile(parts[i], backend='eager') for i in (0, 3))
+    plan = plan_of(parts, img())
+    assert '8' in rows(plan) and all(o.reason for o in plan.skipped)
+    assert rel(outputs(plan.apply(parts), [img()]), outputs(cnn(), [img()])) < 1e-5
+
+def test_model_on_the_meta_device():
+    "There are no values to run on: said, not raised by torch"
+    m = cnn().to('meta')
+    try: plan = plan_of(m)
+    except ValueError as e: assert 'meta' in str(e)
+    else: assert not plan.replaced and all('meta' in o.reason or 'memory' in o.reason for o in plan.skipped)
+
 def test_a_model_that_cannot_be_copied():
     m = cnn()
     m.rest = (i for i in range(3))
