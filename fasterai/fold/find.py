@@ -159,7 +159,7 @@ def _labels(self:Finder, ref, use, via):
 @patch
 def _read(self:Finder, c, m, use, via):
     "For each input channel of layer `m`, called by `c`, the channel of the norm, -1 for one from elsewhere; None where positions differ"
-    x = c.refs[0]
+    x = c.arg('input')
     dim,at = _channel_dim(c, x, m),labelled(self._labels(x, use, via), use.output.shape[1])
     if at is None or not at.numel(): return None
     rows = at.movedim(dim, 0).reshape(x.shape[dim], -1)
