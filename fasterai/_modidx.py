@@ -917,6 +917,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.fold.prove._error': ('fold/prove.html#_error', 'fasterai/fold/prove.py'),
                                      'fasterai.fold.prove._first_fault': ('fold/prove.html#_first_fault', 'fasterai/fold/prove.py'),
                                      'fasterai.fold.prove._folded': ('fold/prove.html#_folded', 'fasterai/fold/prove.py'),
+                                     'fasterai.fold.prove.as_used': ('fold/prove.html#as_used', 'fasterai/fold/prove.py'),
                                      'fasterai.fold.prove.mk_runs': ('fold/prove.html#mk_runs', 'fasterai/fold/prove.py'),
                                      'fasterai.fold.prove.prove': ('fold/prove.html#prove', 'fasterai/fold/prove.py'),
                                      'fasterai.fold.prove.randomize_': ('fold/prove.html#randomize_', 'fasterai/fold/prove.py')},

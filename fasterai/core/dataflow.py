@@ -61,7 +61,7 @@ def _is_ref(o): return isinstance(o, Ref)
 
 # %% ../../nbs/core/dataflow.ipynb #40753d47
 class _Reads(TorchDispatchMode):
-    "Notes which storages each kernel gets"
+    "Notes which storages each kernel reads and writes"
     def __init__(self, trace):
         super().__init__()
         self.trace = trace
@@ -69,6 +69,9 @@ class _Reads(TorchDispatchMode):
         t,now = self.trace,self.trace._open[-1] if self.trace._open else OUTSIDE
         for o in tree_iter((args, kwargs)):
             if isinstance(o, torch.Tensor): t.reads[t._key(o)].add(now)
+        if func._schema.is_mutable:
+            for a,o in zip(func._schema.arguments, args):
+                if a.alias_info is not None and a.alias_info.is_write and isinstance(o, torch.Tensor): t.writes[t._key(o)].add(now)
         return func(*args, **(kwargs or {}))
 
 OUTSIDE = -1    # in place of the index of a call: kernels that no torch function started
@@ -79,7 +82,8 @@ class Trace(TorchFunctionMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model,self.calls,self.visits = model,[],[]
-        self.reads = defaultdict(set)       # key of a storage -> indices of the calls that read it, `OUTSIDE` among them
+        # key of a storage -> indices of the calls that read it, and of those that write into it; `OUTSIDE` among them
+        self.reads,self.writes = defaultdict(set),defaultdict(set)
         self._open,self._stack,self._storages,self._made = [],[],{},WeakIdKeyDictionary()
         self._owned = {id(t) for t in (*model.parameters(), *model.buffers())}
 
@@ -128,6 +132,7 @@ def __torch_function__(self:Trace, func, types, args=(), kwargs=None):
         if not isinstance(o, torch.Tensor): continue
         if writes or not any(o is t for t in ins): self._made[o] = c.index  # what is handed through was made before
         c.outs.append(self.ref(o))
+    if name == '__setitem__': self._made[args[0]] = c.index
     return out
 
 # %% ../../nbs/core/dataflow.ipynb #72297182

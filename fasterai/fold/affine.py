@@ -39,7 +39,8 @@ def _rounded(x, like):
 def _times_(m, S, extra=None):
     """Multiply the weight of `m` by factors `S` (rows, 1 or columns), a few rows at a time; returns the sum of the weight, as it was, times `extra`
     (of the same shape) for each row"""
-    if m.weight.is_inference(): m.weight = nn.Parameter(m.weight.clone(), m.weight.requires_grad)
+    if m.weight.is_inference() or 0 in m.weight.stride():   # cannot be written to in place
+        m.weight = nn.Parameter(m.weight.detach().clone(memory_format=torch.contiguous_format), m.weight.requires_grad)
     W = m.weight.data
     dims,sums = [1]*(W.ndim - 2),[]
     step = max(1, 2**20//max(1, W[0].numel()))

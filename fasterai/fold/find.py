@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
-from ..core.dataflow import CONVS, JOINS, LINEARS, NORMS, Call, Trace, _is_ref, channel_labels, labelled
+from ..core.dataflow import CONVS, JOINS, LINEARS, NORMS, OUTSIDE, Call, Trace, _is_ref, channel_labels, labelled
 from ..core.modules import is_pair
 from ..core.reasons import _computed_reason, _owners, _tie_reason
 from ..core.surgery import _HOOKS
@@ -159,7 +159,7 @@ def _labels(self:Finder, ref, use, via):
 @patch
 def _read(self:Finder, c, m, use, via):
     "For each input channel of layer `m`, called by `c`, the channel of the norm, -1 for one from elsewhere; None where positions differ"
-    x = c.refs[0]
+    x = c.arg('input')
     dim,at = _channel_dim(c, x, m),labelled(self._labels(x, use, via), use.output.shape[1])
     if at is None or not at.numel(): return None
     rows = at.movedim(dim, 0).reshape(x.shape[dim], -1)
@@ -174,6 +174,8 @@ def _forward(self:Finder, uses, n_norm):
         res,kept = self.trace.readers([u.output], u.calls, over=lambda c: self.over(c) or c.func in JOINS)
         if kept: raise Stays('its output is returned or kept')
         if not res: raise Stays('its output is not used')
+        if later := {i for i in self.trace.writes[u.input.key] if i == OUTSIDE or i > max(u.calls)}:
+            raise Stays(f'its input, which would take the place of its output, is written to by {self._callers(later)}')
         if bad := res - self.layers.keys(): raise Stays(f'its output goes to {self._callers(bad)}')
         for i in res: readers[id(self.layers[i])].append((self.trace.calls[i], u))
     targets,via = [],set()

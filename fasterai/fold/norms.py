@@ -74,7 +74,7 @@ def _tail(tr, v, c):
         now = w.output
         inside |= set(range(w.start, w.stop))
         res.append(w.module)
-    if v.input != c.refs[0] or v.output != now or any(d.outs for d in tr.calls[v.start:v.stop] if d.index not in inside):
+    if v.output != now or any(d.outs for d in tr.calls[v.start:v.stop] if d.index not in inside):
         raise Stays('its forward computes more than batch norm')
     return tuple(res)
 
@@ -91,7 +91,7 @@ def norm_uses(
     for c in tr.calls:
         if c.func not in NORMS or getattr(c.arg('running_mean'), 'owner', None) != id(m.running_mean): continue
         if c.arg('training', False): raise Stays('uses batch statistics')
-        res.append(Use(c.refs[0], c.outs[0], frozenset([c.index]), _tail(tr, _own_visit(tr, m, c), c)))
+        res.append(Use(c.arg('input'), c.outs[0], frozenset([c.index]), _tail(tr, _own_visit(tr, m, c), c)))
     if len({u.tail for u in res}) > 1: raise Stays('its calls differ in what follows')
     return res
 

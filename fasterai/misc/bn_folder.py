@@ -14,14 +14,13 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from ..core.arguments import _inner
-from ..core.batches import left_as_found
 from ..core.check import _FAILS
 from ..core.dataflow import Trace
 from ..core.modules import count_params, select
 from ..fold.find import Finder
 from ..fold.norms import find_norms
 from ..fold.plan import FoldPlan
-from ..fold.prove import Run, mk_runs, prove
+from ..fold.prove import Run, as_used, mk_runs, prove
 
 # %% ../../nbs/misc/bn_folder.ipynb #639cc27c
 def _shapes(model) -> Iterator[tuple[int,...]]:
@@ -45,7 +44,7 @@ def find_input(
     for shape in _shapes(model):
         run = Run((torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(p),))
         try:
-            with left_as_found(model), torch.no_grad(): run(model)
+            with as_used(model), torch.no_grad(): run(model)
             return run
         except _FAILS: continue
     raise ValueError('no input was found that the model runs on: pass a batch, data=x.')
@@ -112,7 +111,7 @@ def plan(self:BN_Folder,
     if not norms: return FoldPlan((), repr(self), params, 'the model has no batch norm')
     if any(p.is_meta for p in model.parameters()): raise ValueError('the model is on the meta device and holds no values: load its weights first.')
     runs = [find_input(model)] if data is None else mk_runs(model, data, n_batches)
-    with left_as_found(model): trace = Trace(model).run(*[o.ready() for o in runs])
+    with as_used(model): trace = Trace(model).run(*[o.ready() for o in runs])
     rows = Finder(trace, forward=self.forward, types=self.types).rows(reasons)
     notes = [*_notes(model, trace)]
     del trace
