@@ -862,6 +862,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.find.Finder.rows': ('fold/find.html#finder.rows', 'fasterai/fold/find.py'),
                                     'fasterai.fold.find._channel_dim': ('fold/find.html#_channel_dim', 'fasterai/fold/find.py'),
                                     'fasterai.fold.find._computed': ('fold/find.html#_computed', 'fasterai/fold/find.py'),
+                                    'fasterai.fold.find._has': ('fold/find.html#_has', 'fasterai/fold/find.py'),
                                     'fasterai.fold.find._owner': ('fold/find.html#_owner', 'fasterai/fold/find.py'),
                                     'fasterai.fold.find._pads': ('fold/find.html#_pads', 'fasterai/fold/find.py'),
                                     'fasterai.fold.find._target': ('fold/find.html#_target', 'fasterai/fold/find.py'),

@@ -37,7 +37,8 @@ class Finder:
         self.norms,self.owners = find_norms(m, types=self.types),_owners(m)
         self.folded = {}    # index of a call -> name of a norm that is folded
         of = {id(o.weight): o for o in m.modules() if isinstance(o._parameters.get('weight'), nn.Parameter)}
-        self.layers = {c.index: of[w] for c in trace.calls if c.func in CONVS|LINEARS and (w := _owner(c, 'weight')) in of}
+        calls = [c for c in trace.calls if c.func in CONVS|LINEARS]
+        self.layers = {c.index: c.module if _has(c.module, w) else of[w] for c in calls if (w := _owner(c, 'weight')) in of}
         self.calls = defaultdict(list)      # id of a layer -> its calls
         for i,o in self.layers.items(): self.calls[id(o)].append(trace.calls[i])
         stats = {id(m.running_mean): ns[0] for ns,m in self.norms if m.running_mean is not None}
@@ -51,6 +52,8 @@ class Finder:
     def _through(self, c, labels): return labels if c.index in self.folded else c.replay(labels)
     def _callers(self, ids): return _callers(self.trace, ids, self.runs)
 
+def _has(m, w): return m is not None and id(m._parameters.get('weight')) == w
+
 def _owner(c, name):
     "id of the Parameter or buffer that call `c` got as argument `name`"
     return getattr(c.arg(name), 'owner', None)
@@ -60,11 +63,11 @@ def _owner(c, name):
 def _check_layer(self:Finder, m):
     "Raise `Stays` where layer `m` does more than its function on its own parameters, or others use these"
     n,calls,(w,b) = self.names[id(m)],self.calls[id(m)],(m.weight, m._parameters.get('bias'))
+    if (why := _tie_reason(m, self.owners)): raise Stays(f'the weight of {n} is {why}')
     if any(getattr(m, h, None) for h in _HOOKS): raise Stays(f'{n} has hooks, which would see other values')
     if other := next((c.module for c in calls if c.module is not m), None):
         raise Stays(f'the weight of {n} is used by {type(other).__name__}, not by calling {n}')
     if type(w.data) is not torch.Tensor or w.is_meta: raise Stays(f'the weight of {n} is not a plain tensor in memory')
-    if (why := _tie_reason(m, self.owners)): raise Stays(f'the weight of {n} is {why}')
     for p in (w, b):
         others = set() if p is None else self.trace.reads.get(p.untyped_storage()._cdata, set()) - {c.index for c in calls}
         if others: raise Stays(f'a parameter of {n} is also read by {self._callers(others)}')

@@ -28,9 +28,14 @@ def as_used(
 ):
     "In eval mode inside, but for parts in training mode of a model that is not; left as found"
     flags = [] if model.training else [m for m in model.modules() if m.training]
+    stats = [(b, b.clone()) for m in flags for b in m.buffers(recurse=False)]
     with left_as_found(model):
         for m in flags: m.training = True
-        yield model
+        try: yield model
+        finally:
+            with torch.no_grad():
+                for b,was in stats:
+                    if not torch.equal(b, was): b.copy_(was)    # a kernel updates them, which torch does not count as a new version
 
 # %% ../../nbs/fold/prove.ipynb #dcb9b73d
 @dataclass(eq=False)
