@@ -611,10 +611,15 @@ def test_zeros(what):
 
 @pytest.mark.filterwarnings('ignore:Initializing zero-element')
 def test_zero_size():
-    m = nn.Sequential(nn.Linear(3, 0), nn.BatchNorm1d(0)).eval()
-    plan = plan_of(m, rand(2, 3).float())
-    assert plan['1'].changed or plan['1'].reason
-    assert plan.apply(m)(rand(2, 3).float()).shape == (2, 0)
+    "No inputs: the output is the bias. A norm of no channels is more than PyTorch itself can run"
+    m = randomize(nn.Sequential(nn.Linear(0, 4), nn.BatchNorm1d(4))).eval().double()
+    x = torch.zeros(3, 0, dtype=torch.float64)
+    plan = plan_of(m, x)
+    small = plan.apply(m)
+    assert (plan['1'].changed or plan['1'].reason) and rel(outputs(small, [x]), outputs(m, [x])) < 1e-9
+    m = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 0)).eval().double()
+    plan = plan_of(m, rand(2, 3))
+    assert (plan['1'].changed or plan['1'].reason) and plan.apply(m)(rand(2, 3)).shape == (2, 0)
 
 def test_no_norms():
     m = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
