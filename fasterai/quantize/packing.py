@@ -38,7 +38,7 @@ def unpack_codes(
     word = sum(p[...,j] << 8*j for j in range(size))
     return torch.stack([(word >> bits*i & (2**bits - 1)).to(torch.uint8) for i in range(per)], -1).flatten(-2)
 
-# %% ../../nbs/quantize/packing.ipynb #21255124
+# %% ../../nbs/quantize/packing.ipynb #5d02d0db
 def steps(
     qweight: torch.Tensor,      # packed codes (m, groups, bytes)
     zeros: torch.Tensor|None,   # packed zero points (m, bytes), None for 2^(bits-1)
@@ -59,7 +59,7 @@ def values(
     dtype: torch.dtype,         # of the result; products are formed in float32 at least
 ) -> torch.Tensor:              # (m, n)
     "The weights that packed codes stand for"
-    wide = torch.promote_types(torch.float32, scales.dtype)
+    wide = torch.float64 if scales.dtype is torch.float64 else torch.float32
     return (steps(qweight, zeros, f.bits, wide)*scales[...,None].to(wide)).flatten(1)[:,:n].to(dtype)
 
 # %% ../../nbs/quantize/packing.ipynb #f0ebf09c
