@@ -1513,6 +1513,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fasterai/quantize/layers.py'),
                                           'fasterai.quantize.layers.unpack': ( 'quantize/layers.html#unpack',
                                                                                'fasterai/quantize/layers.py')},
+            'fasterai.quantize.learner': { 'fasterai.quantize.learner.Learner.quantize': ( 'quantize/learner.html#learner.quantize',
+                                                                                           'fasterai/quantize/learner.py')},
             'fasterai.quantize.measure': { 'fasterai.quantize.measure.Cost': ('quantize/measure.html#cost', 'fasterai/quantize/measure.py'),
                                            'fasterai.quantize.measure.Pricer': ( 'quantize/measure.html#pricer',
                                                                                  'fasterai/quantize/measure.py'),

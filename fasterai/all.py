@@ -23,4 +23,10 @@ from fasterai.lowrank.search import RankSuggestion, rank_find
 from fasterai.lowrank.svd import spectrum
 from fasterai.misc.bn_folder import BN_Folder
 from fasterai.misc.fc_decomposer import FC_Decomposer
-import fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank     # methods of the Learner
+from fasterai.quantize.formats import Half, Int
+from fasterai.quantize.layers import QuantLinear, unpack
+from fasterai.quantize.plan import QuantizationPlan
+from fasterai.quantize.policies import ByteBudget
+from fasterai.quantize.quantizer import Quantizer
+# methods of the Learner
+import fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank, fasterai.quantize.learner as _quantize

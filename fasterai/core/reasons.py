@@ -39,6 +39,7 @@ def _type_reason(m, types):
     if nn.utils.parametrize.is_parametrized(m): return _computed_reason(m)
     if '.ao.' in t.__module__ or 'quantized' in t.__module__:
         return f'{t.__name__} of {t.__module__} is quantized; decompose before quantizing'
+    if 'qweight' in m._buffers: return f'{t.__name__} is quantized; decompose before quantizing'
     if t in _EXACT or t in types or _is_conv1d(m): return None
     name = t.__name__ if t.__name__ != 'Linear' else f'{t.__module__}.Linear'
     if isinstance(m, nn.Linear): return f'{name} is a subclass of nn.Linear; pass types=({name},) if it computes the same'

@@ -35,7 +35,7 @@ def _store_of(
 def _lean(plan):
     "`plan` without what only new choices would need"
     def emptied(o, **new): return replace(o, **{f.name: new[f.name] for f in fields(o) if f.name in new}) if is_dataclass(o) else o
-    return emptied(plan, bases={}, layers=tuple(emptied(o, spectrum=None, errors=None) for o in plan.layers))
+    return emptied(plan, bases={}, rounded={}, layers=tuple(emptied(o, spectrum=None, errors=None) for o in plan.layers))
 
 def _chain(
     plans: 'Plan|Iterable[Plan]',

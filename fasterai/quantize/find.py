@@ -17,14 +17,14 @@ from ..core.reasons import _content_reason, _owners, _tie_reason, _type_reason
 from ..core.surgery import _span
 from .layers import HalfLinear, QuantLayer
 
-# %% ../../nbs/quantize/find.ipynb #e970415f
+# %% ../../nbs/quantize/find.ipynb #f0d8c763
 @dataclass(frozen=True)
 class EmbeddingSite(LinearSite):
     "An embedding in a model: `out_features` rows of `in_features` numbers"
 
 def mb(n: int) -> str:
     "Bytes to read"
-    return f'{n/1e6:,.1f} MB' if n >= 1e5 else f'{n/1e3:,.1f} kB'
+    return f'{n/1e6:,.1f} MB' if n >= 1e6 else f'{n/1e3:,.1f} kB'
 
 def _embedding_reason(m, owners, wanted):
     if not wanted: return f'embedding ({mb(m.weight.nbytes)}) left alone; pass embeddings=True'

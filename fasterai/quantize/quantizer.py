@@ -185,7 +185,7 @@ def _warn(self:Quantizer, plan, data):
     if any(isinstance(o.format, Int) and o.format.dynamic for o in plan.replaced) and not int8_works():
         _warn_user("this machine has no product of 8-bit integers for activations='dynamic': these layers compute in floating point.")
 
-# %% ../../nbs/quantize/quantizer.ipynb #21cd90df
+# %% ../../nbs/quantize/quantizer.ipynb #c3455b1f
 @patch
 def quantize(self:Quantizer,
     model: nn.Module,                   # any model; left unchanged, unless `inplace`
@@ -214,7 +214,8 @@ def _check_runs(res, run):
     "Raise where the result does not run; what it unpacked is dropped again"
     try:
         with left_as_found(res), torch.no_grad(): run(res)
-    except _FAILS as e: raise RuntimeError(f'the quantized model does not run ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). '
-        'Leave out the layer that this comes from with exclude=.') from e
+    except _FAILS as e:
+        raise RuntimeError(f'the quantized model does not run ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). '
+                           'Leave out the layer that this comes from with exclude=.') from e
     for m in res.modules():
         if isinstance(m, QuantLayer): m._drop()
