@@ -1620,6 +1620,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fasterai/quantize/policies.py'),
                                             'fasterai.quantize.policies.ByteBudget.__repr__': ( 'quantize/policies.html#bytebudget.__repr__',
                                                                                                 'fasterai/quantize/policies.py'),
+                                            'fasterai.quantize.policies.ByteBudget._alike': ( 'quantize/policies.html#bytebudget._alike',
+                                                                                              'fasterai/quantize/policies.py'),
                                             'fasterai.quantize.policies.ByteBudget._budget': ( 'quantize/policies.html#bytebudget._budget',
                                                                                                'fasterai/quantize/policies.py'),
                                             'fasterai.quantize.policies.ByteBudget.check': ( 'quantize/policies.html#bytebudget.check',

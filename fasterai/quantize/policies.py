@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Uniform', 'ByName', 'variants', 'Price', 'ByteBudget', 'mk_bits']
 
-# %% ../../nbs/quantize/policies.ipynb #25c60452
+# %% ../../nbs/quantize/policies.ipynb #b02715b4
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from numbers import Real
 from typing import Any
@@ -47,7 +47,7 @@ class ByName:
         "Layer -> format"
         return {n: self._of(p.names)[1] for n,p in prices.items()}, None
 
-# %% ../../nbs/quantize/policies.ipynb #4e1df062
+# %% ../../nbs/quantize/policies.ipynb #25e364da
 def variants(
     x: Any,         # bits, or a format
 ) -> tuple:         # formats
@@ -102,7 +102,16 @@ class ByteBudget:
         try: choice = choose(options, self._budget(prices), unit='bytes')
         except TooTight as e: raise ValueError(f'{self!r} allows {int(e.budget):,} bytes, but these {e.n} layers need at least '
             f'{int(e.least):,}. Raise the budget, allow fewer bits in formats=, or leave layers out with exclude=.') from None
+        choice = min([choice, *self._alike(prices, options, own, choice)], key=lambda c: c.error)
         return {n: own[n][i] for n,i in choice.picks.items()}, choice
+
+    def _alike(self, prices, options, own, choice):
+        "Choices of one format for all layers that fit; rounding to units of the budget can hide the one that fits exactly"
+        for f in self.options:
+            if any(f not in fs for fs in own.values()): continue
+            picks = {n: fs.index(f) for n,fs in own.items()}
+            cost,error = (float(sum(getattr(o, k)[picks[o.name]] for o in options)) for k in ('costs', 'errors'))
+            if cost <= choice.budget: yield replace(choice, cost=cost, error=error, picks=picks)
 
 # %% ../../nbs/quantize/policies.ipynb #94264e6b
 def mk_bits(
