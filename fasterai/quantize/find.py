@@ -41,7 +41,7 @@ def _embeddings(model, owners, names, wanted):
         if isinstance(m, nn.Embedding):
             yield EmbeddingSite(names[id(m)], m, m.embedding_dim, m.num_embeddings, _embedding_reason(m, owners, wanted))
 
-# %% ../../nbs/quantize/find.ipynb #1a525a9d
+# %% ../../nbs/quantize/find.ipynb #3b1a7fb1
 _HALF = 'already half of a low-rank pair'
 
 def _own_reason(s, owners, types):
@@ -69,7 +69,7 @@ def find_layers(
     found += _embeddings(model, owners, names, embeddings)
     for m in model.modules():
         if isinstance(m, QuantLayer) and id(m) not in have:
-            found.append(LinearSite(names[id(m)], m, m.n, len(m.scales), f'already {m.format} ({type(m).__name__})'))
+            found.append(LinearSite(names[id(m)], m, m._n, len(m.scales), f'already {m.format} ({type(m).__name__})'))
     order = {n: i for i,(n,_) in enumerate(model.named_modules())}
     return sorted(found, key=lambda s: order.get(s.name, order.get(s.name.rpartition('.')[0], 0)))
 

@@ -50,7 +50,7 @@ class _Integer(torch.autograd.Function):
         x,W = ctx.saved_tensors
         return g @ W.to(g.dtype), g.T @ x, None
 
-# %% ../../nbs/quantize/layers.ipynb #48724fbd
+# %% ../../nbs/quantize/layers.ipynb #0e98ae37
 _MODULE = frozenset(vars(nn.Module())) | {'forward'}
 
 def _attrs(m): return {k: v for k,v in vars(m).items() if k not in _MODULE}
@@ -64,7 +64,7 @@ def packed(
 
 class QuantLayer(nn.Module):
     "A layer with packed weights, in rows (m, n)"
-    _own = frozenset({'format', 'dtype', 'dense', 'n', '_kept'})
+    _own = frozenset({'format', '_dtype', '_dense', '_n', '_kept'})
     def __init__(self,
         layer: nn.Module,                           # in whose place it stands; its attributes are taken over, its weight is not
         m: int,                                     # rows
@@ -76,7 +76,7 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.__dict__.update(_attrs(layer))
         w,b,(blocks,size) = layer.weight,getattr(layer, 'bias', None),blocks_of(f, n)
-        self.format,self.dtype,self.dense,self.n,self._kept = f,w.dtype,type(layer),n,{}
+        self.format,self._dtype,self._dense,self._n,self._kept = f,w.dtype,type(layer),n,{}
         # the bias first: what asks the first Parameter for the dtype of the model finds it
         self.bias = None if b is None else nn.Parameter(b.detach().clone(), b.requires_grad)
         self.scales = nn.Parameter(torch.zeros(m, blocks, dtype=scale_dtype, device=w.device), w.requires_grad)
@@ -101,55 +101,55 @@ class QuantLayer(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self._drop()
-        self.dtype = fn(torch.empty(1, dtype=self.dtype, device=self.scales.device)).dtype
+        self._dtype = fn(torch.empty(1, dtype=self._dtype, device=self.scales.device)).dtype
         return self
     def __getstate__(self): return self.__dict__ | dict(_kept={})
-    def extra_repr(self): return f'{len(self.scales)}×{self.n}, bias={self.bias is not None}, {self.format}'
+    def extra_repr(self): return f'{len(self.scales)}×{self._n}, bias={self.bias is not None}, {self.format}'
 
-# %% ../../nbs/quantize/layers.ipynb #70abd17c
+# %% ../../nbs/quantize/layers.ipynb #dfe35c9f
 class _Weighted(QuantLayer):
     "A layer that multiplies with its whole weight"
     @property
     def weight(self) -> torch.Tensor:
         "The weight as a plain tensor, of the shape and dtype that the layer had"
-        return self._shaped(self._whole(self.dtype))
+        return self._shaped(self._whole(self._dtype))
 
     def _shaped(self, W): return W
     def _flat(self, g): return g
     def _whole(self, dtype):
-        if torch.compiler.is_compiling(): return values(self.qweight, self.zeros, self.scales, self.format, self.n, dtype)
+        if torch.compiler.is_compiling(): return values(self.qweight, self.zeros, self.scales, self.format, self._n, dtype)
         W = self._keep('weight', dtype, self._unpacked)
         return _Whole.apply(self.scales, W, self) if torch.is_grad_enabled() and self.scales.requires_grad else W
 
     def _keep(self, what, key, make):
         "`make(key)`, kept until its tensors change"
-        if what in self._kept and self._kept[what].fits(self._tensors(), key): return self._kept[what].value
+        if (k := self._kept.get(what)) is not None and k.fits(self._tensors(), key): return k.value
         with torch.inference_mode(False), torch.no_grad(): res = make(key)
         if type(res) is torch.Tensor: self._kept[what] = _Kept(res, self._tensors(), key)     # not those of a trace
         return res
 
     def _unpacked(self, dtype):
         "The weight (m, n), some rows at a time"
-        m,res = len(self.scales),self.scales.new_empty(len(self.scales), self.n, dtype=dtype)
-        step = max(1, 2**22//max(1, self.n))
+        m,res = len(self.scales),self.scales.new_empty(len(self.scales), self._n, dtype=dtype)
+        step = max(1, 2**22//max(1, self._n))
         for i in range(0, m, step):
             z = None if self.zeros is None else self.zeros[i:i+step]
-            res[i:i+step] = values(self.qweight[i:i+step], z, self.scales[i:i+step], self.format, self.n, dtype)
+            res[i:i+step] = values(self.qweight[i:i+step], z, self.scales[i:i+step], self.format, self._n, dtype)
         return res
 
     def _scale_grad(self, g):
         "Gradient of the scales from that of the weight (m, n)"
         q = steps(self.qweight, self.zeros, self.format.bits, torch.promote_types(torch.float32, g.dtype))
-        g = F.pad(g.to(q.dtype), (0, q[0].numel() - self.n))
+        g = F.pad(g.to(q.dtype), (0, q[0].numel() - self._n))
         return (g.view(q.shape)*q).sum(-1)
 
     def _here(self, x):
         "The dtype that a product with `x` is computed in"
         kind = x.device.type
-        if self.dtype is not torch.float64 and torch.is_autocast_enabled(kind): return torch.get_autocast_dtype(kind)
-        return self.dtype
+        if self._dtype is not torch.float64 and torch.is_autocast_enabled(kind): return torch.get_autocast_dtype(kind)
+        return self._dtype
 
-# %% ../../nbs/quantize/layers.ipynb #bf225c0b
+# %% ../../nbs/quantize/layers.ipynb #49b802de
 class QuantLinear(_Weighted):
     "`nn.Linear` with a packed weight"
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ class QuantLinear(_Weighted):
 
     def _dynamic(self, x):
         "With 8-bit inputs"
-        rows = x.reshape(-1, self.n).float()
+        rows = x.reshape(-1, self._n).float()
         if torch.compiler.is_compiling(): y = F.linear(round_rows(rows), self._whole(torch.float32))
         elif not self._keep('works', None, lambda _: torch.tensor(int8_works())): y = F.linear(rows, self._whole(torch.float32))
         elif torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad):
@@ -168,25 +168,25 @@ class QuantLinear(_Weighted):
         return y.to(self._here(x)).view(*x.shape[:-1], -1)
 
     def _integers(self, rows):
-        packed = self._keep('packed', None, lambda _: int8_weight(self.qweight.flatten(1)[:,:self.n]))
+        packed = self._keep('packed', None, lambda _: int8_weight(self.qweight.flatten(1)[:,:self._n]))
         return int8_product(rows, packed, self._keep('scales', None, lambda _: self.scales.detach().flatten().float()))
 
 class QuantConv1D(QuantLinear):
     "`Conv1D` of GPT-2 with a packed weight; `weight` is (n, m), as there"
     def _shaped(self, W): return W.T
 
-# %% ../../nbs/quantize/layers.ipynb #b4cf8647
+# %% ../../nbs/quantize/layers.ipynb #7b1ac5dd
 class QuantConv(_Weighted):
     "`nn.Conv1d`, `Conv2d` or `Conv3d` with a packed weight"
     def _shaped(self, W): return W.view(self.out_channels, self.in_channels//self.groups, *self.kernel_size)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kind = next(c for c in self.dense.__mro__ if c in _CONVS)
+        kind = next(c for c in self._dense.__mro__ if c in _CONVS)
         return kind._conv_forward(self, x, self._shaped(self._whole(self._here(x))), self.bias)
 
-# %% ../../nbs/quantize/layers.ipynb #8f11397d
+# %% ../../nbs/quantize/layers.ipynb #074e74cc
 class QuantEmbedding(QuantLayer):
     "`nn.Embedding` with packed rows"
-    def _values(self, q, z, s): return values(q, z, s, self.format, self.n, self.dtype)
+    def _values(self, q, z, s): return values(q, z, s, self.format, self._n, self._dtype)
     @property
     def weight(self) -> torch.Tensor:
         "All rows, unpacked at every call"
@@ -194,7 +194,7 @@ class QuantEmbedding(QuantLayer):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         i = ids.flatten()
         rows = self._values(self.qweight[i], None if self.zeros is None else self.zeros[i], self.scales[i])
-        return rows.view(*ids.shape, self.n)
+        return rows.view(*ids.shape, self._n)
 
 # %% ../../nbs/quantize/layers.ipynb #c3f9ab3c
 class HalfLinear(nn.Linear):
@@ -214,7 +214,7 @@ def half_linear(
     if lin.bias is not None: res.bias = nn.Parameter(lin.bias.detach().clone(), lin.bias.requires_grad)
     return res.train(lin.training)
 
-# %% ../../nbs/quantize/layers.ipynb #0fbbe0bd
+# %% ../../nbs/quantize/layers.ipynb #622dda44
 def quant_layer(
     layer: nn.Module,   # fully-connected layer, convolution or embedding; left unchanged
     f: 'Int|Half',
@@ -231,11 +231,11 @@ def quant_layer(
 
 def _plain(q, dtype):
     "The layer that stood in the place of `q`, with the rounded weight"
-    cls = nn.Linear if isinstance(q, HalfLinear) else q.dense
+    cls = nn.Linear if isinstance(q, HalfLinear) else q._dense
     res,W = cls.__new__(cls),q.weight.detach()
     nn.Module.__init__(res)
     res.__dict__.update({k: v for k,v in _attrs(q).items() if k not in QuantLayer._own})
-    kind = dtype or (torch.float32 if isinstance(q, HalfLinear) else q.dtype)
+    kind = dtype or (torch.float32 if isinstance(q, HalfLinear) else q._dtype)
     b,trains = q.bias,(q.weight if isinstance(q, HalfLinear) else q.scales).requires_grad
     res.weight = nn.Parameter(W.to(kind).contiguous().clone(), trains)
     if not isinstance(q, QuantEmbedding): res.bias = None if b is None else nn.Parameter(b.detach().to(kind).clone(), b.requires_grad)

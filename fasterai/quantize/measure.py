@@ -46,7 +46,7 @@ def moments_for(model, data, sites, n_batches, sensitivity, loss) -> Inputs:
         _warn_user(f'the sensitivity cannot be measured ({e}): errors of all layers count alike. sensitivity=False avoids this warning.')
         return collect_moments(model, data, sites, n_batches)
 
-# %% ../../nbs/quantize/measure.ipynb #0468d5f6
+# %% ../../nbs/quantize/measure.ipynb #26a5052f
 def round_site(
     s: LinearSite,
     f: Int,
@@ -85,7 +85,7 @@ class Pricer:
     def __call__(self, f: 'Int|Half') -> Cost:
         "The codes in format `f`, and their error"
         r = None if isinstance(f, Half) else self._round(f)
-        E = _double(self.W) - _double(self.W.to(getattr(torch, f.dtype)) if r is None else r.values)
+        E = self.W - (self.W.to(getattr(torch, f.dtype)).float() if r is None else r.values)
         loss = None if self.H is None or self.S is None else self.error(E, self.H)
         return Cost(r, (max(0., self.error(E))/self.total)**.5 if self.total > 0 else 0., loss)
 

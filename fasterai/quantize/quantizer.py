@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Quantizer']
 
-# %% ../../nbs/quantize/quantizer.ipynb #bb07c114
+# %% ../../nbs/quantize/quantizer.ipynb #98091236
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _short, left_as_found
+from ..core.calibrate import Calibration
 from ..core.check import _FAILS, first_batch
 from ..core.convs import ConvSite
 from ..core.inputs import Inputs
@@ -91,7 +92,7 @@ def _row(s, why):
     return QuantRow(s.name, s.kind, shape, itemsize=size, reason=why or '', aliases=s.names[1:], can=s.reason is None,
                     bias=getattr(s.module, 'bias', None) is not None)
 
-# %% ../../nbs/quantize/quantizer.ipynb #ae96a696
+# %% ../../nbs/quantize/quantizer.ipynb #0bf9a81c
 @patch
 @torch.no_grad()
 def plan(self:Quantizer,
@@ -112,7 +113,8 @@ def plan(self:Quantizer,
     formats,choice = self.policy.choose(self._prices(todo, stats))
     rows,codes = {s.name: _row(s, why.get(s.name)) for s in sites},{}
     for s in todo: rows[s.name],codes[s.name] = self._decide(s, rows[s.name], formats[s.name], stats)
-    notes = [f'{choice}' if choice else '', _calibrated(stats)]
+    total = sum(o.loss or 0 for o in rows.values())
+    notes = [f'{choice}' if choice else '', f'output error about {total**.5:.2g}' if total else '', _calibrated(stats)]
     res = QuantizationPlan(tuple(rows.values()), repr(self), count_params(model), '; '.join(filter(None, notes)), model_bytes(model),
                            {n: c for n,c in codes.items() if c})
     self._warn(res, data)
@@ -123,6 +125,18 @@ def _calibrated(stats):
     most = max(o.rows for o in stats.values())
     return f'calibrated on {stats.batches} batch{"es"[:2*(stats.batches != 1)]}, {most:,} row{"s"[:most != 1]}'
 
+def _given(data, sites):
+    "Moments that were collected before, checked"
+    if isinstance(data, Calibration) and data.inputs is None:
+        raise ValueError('these statistics hold no moments of inputs: collect them with calibrate(…, inputs=True, patches=True).')
+    stats = data if isinstance(data, Inputs) else data.inputs
+    for s in sites:
+        if (o := stats.get(s.name)) is None or isinstance(s, EmbeddingSite): continue
+        B,_,n = batched_weight(s).shape
+        if len(o.mean) != B*n: raise ValueError(f'the moments of {s.name!r} are of {len(o.mean)} {o.kind}, its weight has {B*n} inputs. '
+            'Convolutions need those of patches: collect_inputs(…, patches=True).')
+    return stats
+
 @patch
 def _statistics(self:Quantizer, model, data, sites, n_batches, sensitivity, loss):
     if sensitivity not in (True, False, None, 'auto', 'full', 'diag'):
@@ -130,12 +144,12 @@ def _statistics(self:Quantizer, model, data, sites, n_batches, sensitivity, loss
     if data is None:
         if loss is not None or sensitivity in (True, 'full', 'diag'): raise ValueError('sensitivity and loss= need data: pass data= too.')
         return Inputs({})
-    if isinstance(data, Inputs): return data
+    if isinstance(data, (Inputs, Calibration)): return _given(data, sites)
     wanted = self.policy.wants_sensitivity or loss is not None
     how = {True: 'full', 'auto': 'full' if wanted else None}.get(sensitivity, sensitivity or None)
     return moments_for(model, data, sites, n_batches, how, loss)
 
-# %% ../../nbs/quantize/quantizer.ipynb #7215ff73
+# %% ../../nbs/quantize/quantizer.ipynb #2b1d4388
 @patch
 def _pricer(self:Quantizer, s, stats): return Pricer(s, stats.get(s.name), stats.sens.get(s.name), rounding=self.rounding)
 
@@ -173,6 +187,8 @@ def _remark(s, stats, r):
     if o is not None and o.few: res.append(f'seen on {o.rows:,} rows for {len(o.mean):,} inputs')
     return '; '.join(res)
 
+_FAR = .4   # relative output error from which errors of layers no longer add up
+
 @patch
 def _warn(self:Quantizer, plan, data):
     "What a user would not expect"
@@ -180,12 +196,12 @@ def _warn(self:Quantizer, plan, data):
     if low and data is None: _warn_user(f'no data: {len(low)} layers are rounded to nearest at {min(o.format.bits for o in low)} bits. '
         'With data= the error is usually a third to a quarter of that.')
     total = sum(o.loss or 0 for o in plan.replaced)
-    if total > 1: _warn_user(f'predicted errors add up to {total:.1f}: predictions are unreliable there. Measure the model, or give it '
-        'more bytes.')
+    if total > _FAR**2: _warn_user(f'the predicted output error is {total**.5:.2g}: from {_FAR} on predictions are unreliable. Measure the '
+        'model, or give it more bytes.')
     if any(isinstance(o.format, Int) and o.format.dynamic for o in plan.replaced) and not int8_works():
         _warn_user("this machine has no product of 8-bit integers for activations='dynamic': these layers compute in floating point.")
 
-# %% ../../nbs/quantize/quantizer.ipynb #c3455b1f
+# %% ../../nbs/quantize/quantizer.ipynb #47ef8f9b
 @patch
 def quantize(self:Quantizer,
     model: nn.Module,                   # any model; left unchanged, unless `inplace`
@@ -201,7 +217,7 @@ def quantize(self:Quantizer,
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}, and data is the model: '
             'pass the model first, then data.')
     run = None
-    if data is not None and not isinstance(data, Inputs): run,data = first_batch(model, data)
+    if data is not None and not isinstance(data, (Inputs, Calibration)): run,data = first_batch(model, data)
     plan = self.plan(model, data, n_batches=n_batches, sensitivity=sensitivity, loss=loss)
     if not plan.replaced:
         why = f': {plan.skipped[0].name or "the model"}: {plan.skipped[0].reason}' if plan.skipped else ': it has no layer that could be'

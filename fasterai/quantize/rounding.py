@@ -120,23 +120,29 @@ def _nearest(g, f, d, dtype, clip):
     s,z = search(g, f.bits, f.symmetric, d, dtype=dtype, clip=clip)
     return _codes(g, s, z, f.bits).to(torch.uint8), s.squeeze(-1), z.squeeze(-1).to(torch.uint8)
 
-# %% ../../nbs/quantize/rounding.ipynb #1e347f50
+# %% ../../nbs/quantize/rounding.ipynb #4d3baddb
 def output_error(
     E: torch.Tensor,                # what is missing of the weight (B, m, n)
     S: Sequence[torch.Tensor],      # second moments of the inputs, diagonal blocks (B, b, b)
     H: torch.Tensor|None = None,    # weight of the outputs (B·m, B·m), or its diagonal (B·m,)
 ) -> float:
     "tr(H E S Eᵀ) in float64, sum over the batch"
-    E,res,i = _double(E),0.,0
-    m = E.shape[1]
-    for C in S:
-        e = E[...,i:i+C.shape[-1]]
-        P = e @ _double(C)
-        i += C.shape[-1]
-        if H is None: res = res + (P*e).sum()
-        elif H.ndim == 1: res = res + ((P*e).sum(-1)*_double(H).view(-1, m)).sum()
-        else: res = res + sum(((P[b] @ e[b].T)*_double(H)[b*m:b*m+m, b*m:b*m+m]).sum() for b in range(len(E)))
-    return float(res)
+    (B,m,n),res = E.shape,0.
+    step = max(1, 2**23//max(1, B*n))     # rows at a time
+    for r in range(0, m, step):
+        i,e = 0,_double(E[:,r:r+step])
+        for C in S:
+            j = i + C.shape[-1]
+            P,d = e[...,i:j] @ _double(C),e[...,i:j]
+            if H is None: res += float((P*d).sum())
+            elif H.ndim == 1: res += float(((P*d).sum(-1)*_double(H).view(B, m)[:,r:r+step]).sum())
+            else: res += sum(_within(P[b], E[b,:,i:j], H, b*m, slice(b*m + r, b*m + r + len(d[b]))) for b in range(B))
+            i = j
+    return res
+
+def _within(P, E, H, first, rows):
+    "Part of some rows in the error, weighted by the full `H`"
+    return float(((P @ _double(E).T)*_double(H)[rows, first:first+len(E)]).sum())
 
 # %% ../../nbs/quantize/rounding.ipynb #eac54f54
 _DAMP = .01     # of the mean of the diagonal, added to it
@@ -217,7 +223,7 @@ def feedback(
     if factors is None: factors = feedback_factors(S)
     return None if factors is None else _Feedback(W, f, S, _scale_dtype(W, f.bits)).run(factors)
 
-# %% ../../nbs/quantize/rounding.ipynb #8278f5e0
+# %% ../../nbs/quantize/rounding.ipynb #041bff28
 Rounding = Literal['auto', 'nearest', 'feedback']
 
 def round_weight(
@@ -234,5 +240,5 @@ def round_weight(
     if S is None or rounding == 'nearest' or (rounding == 'auto' and f.bits == 8): return near
     fed = feedback(W, f, S, factors=factors)
     if fed is None: return near
-    a,b = (output_error(_double(W) - _double(o.values), S) for o in (fed, near))
+    a,b = (output_error(W.float() - o.values, S) for o in (fed, near))
     return fed if a < b else near
