@@ -50,7 +50,7 @@ class _Integer(torch.autograd.Function):
         x,W = ctx.saved_tensors
         return g @ W.to(g.dtype), g.T @ x, None
 
-# %% ../../nbs/quantize/layers.ipynb #0e98ae37
+# %% ../../nbs/quantize/layers.ipynb #63194b55
 _MODULE = frozenset(vars(nn.Module())) | {'forward'}
 
 def _attrs(m): return {k: v for k,v in vars(m).items() if k not in _MODULE}
@@ -94,6 +94,7 @@ class QuantLayer(nn.Module):
         "Take what `packed` made"
         for k in ('qweight', 'scales', 'zeros'):
             if (t := getattr(self, k)) is not None: t.copy_(tensors[k])
+        if tensors.get('shift') is not None: self.bias.add_(tensors['shift'].to(self.bias))
         return self
 
     def _tensors(self): return [t for t in (self.qweight, self.scales, self.zeros) if t is not None]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QuantRow', 'QuantizationPlan', 'model_bytes']
 
-# %% ../../nbs/quantize/plan.ipynb #436c56ff
+# %% ../../nbs/quantize/plan.ipynb #95c8c299
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -19,8 +19,8 @@ from ..core.plan import Plan, Row
 from ..core.surgery import _become, _span, copy_with
 from .find import batched_weight, find_layers, mb
 from .formats import Half, Int, blocks_of, mk_format, weight_bytes
-from .layers import HalfLinear, QuantLayer, packed, quant_layer
-from .measure import collect_moments, round_site
+from .layers import HalfLinear, QuantLayer, quant_layer
+from .measure import Pricer, collect_moments
 
 # %% ../../nbs/quantize/plan.ipynb #a6e9bb8c
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def sites(self:QuantizationPlan,
             f'plan expects {o.name!r} {"with" if o.bias else "without"} bias, the model has it {"with" if bias else "without"}. {other}')
     return {o.name: found[o.name] for o in self.replaced}
 
-# %% ../../nbs/quantize/plan.ipynb #94fb80ef
+# %% ../../nbs/quantize/plan.ipynb #df1d485e
 def _mark(s):
     "Numbers that change with the weight"
     W = _double(s.module.weight.detach()).flatten(1)
@@ -177,7 +177,7 @@ def _codes(self:QuantizationPlan, sites, moments):
         if not isinstance(row.format, Int) or s.module.weight.is_meta: yield s, None; continue
         if has is not None and moments is None and _same(has['mark'], _mark(s)): yield s, has; continue
         if (o := (moments or {}).get(n)) is None and row.calibrated and row.format.bits < 8: lost.append(n)
-        yield s, packed(round_site(s, row.format, o, rounding=row.rounding or 'auto'))
+        yield s, Pricer(s, o, rounding=row.rounding or 'auto')(row.format).codes
     if lost: _warn_user(f'{len(lost)} layers ({", ".join(lost[:3])}) are rounded to nearest: the plan came from a file, or their weights '
                         'have changed since. Pass plan.apply(model, data=…) to round them as planned.')
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Quantizer']
 
-# %% ../../nbs/quantize/quantizer.ipynb #98091236
+# %% ../../nbs/quantize/quantizer.ipynb #7d0d91b5
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from ..core.inputs import Inputs
 from ..core.modules import _warn_user, count_params, select
 from .find import EmbeddingSite, batched_weight, find_layers
 from .formats import Half, Int, weight_bytes
-from .layers import QuantLayer, packed
+from .layers import QuantLayer
 from .measure import Pricer, moments_for
 from .packing import int8_works
 from .plan import QuantizationPlan, QuantRow, _check_finite, _mark, model_bytes
@@ -149,7 +149,7 @@ def _statistics(self:Quantizer, model, data, sites, n_batches, sensitivity, loss
     how = {True: 'full', 'auto': 'full' if wanted else None}.get(sensitivity, sensitivity or None)
     return moments_for(model, data, sites, n_batches, how, loss)
 
-# %% ../../nbs/quantize/quantizer.ipynb #2b1d4388
+# %% ../../nbs/quantize/quantizer.ipynb #04064dcc
 @patch
 def _pricer(self:Quantizer, s, stats): return Pricer(s, stats.get(s.name), stats.sens.get(s.name), rounding=self.rounding)
 
@@ -177,7 +177,7 @@ def _decide(self:Quantizer, s, row, f, stats):
     row = replace(row, error=error, loss=loss, reason=_remark(s, stats, c.rounded))
     if c.rounded is None: return row, None
     if c.rounded.scales.dtype is torch.float32: row = replace(row, scales='float32')
-    return replace(row, rounding=c.rounded.how), packed(c.rounded) | dict(mark=_mark(s))
+    return replace(row, rounding=c.rounded.how), c.codes | dict(mark=_mark(s))
 
 def _remark(s, stats, r):
     res = [f'also known as {", ".join(s.names[1:])}'] if s.names[1:] else []

@@ -144,9 +144,14 @@ def _within(P, E, H, first, rows):
     "Part of some rows in the error, weighted by the full `H`"
     return float(((P @ _double(E).T)*_double(H)[rows, first:first+len(E)]).sum())
 
-# %% ../../nbs/quantize/rounding.ipynb #eac54f54
+# %% ../../nbs/quantize/rounding.ipynb #df1ab056
 _DAMP = .01     # of the mean of the diagonal, added to it
 _CHUNK = 64     # columns between two updates of all that are to come
+
+def _diag(S):
+    "Damped diagonal of S (B, n): an input that did not vary still counts a little"
+    d = torch.cat([C.diagonal(dim1=-2, dim2=-1) for C in S], -1)
+    return d + _DAMP*d.mean(-1, keepdim=True)
 
 def _feedback_factor(S):
     "U (B, b, b), upper triangular, with UᵀU the inverse of the damped S; None where there is none"
@@ -171,7 +176,7 @@ class _Feedback:
     "Rounds the columns of `W` in order"
     def __init__(self, W, f, S, dtype):
         self.W,self.f,self.dtype = W.float().clone(),f,dtype
-        self.d = torch.cat([C.diagonal(dim1=-2, dim2=-1) for C in S], -1).float()   # (B, n)
+        self.d = _diag(S).float()   # (B, n)
         (self.blocks,self.size),(B,m,n) = blocks_of(f, W.shape[-1]),W.shape
         self.codes = W.new_zeros(B, m, self.blocks*self.size, dtype=torch.uint8)
         self.scales,self.zeros = (torch.zeros(B, m, self.blocks, device=W.device) for _ in 'sz')
@@ -223,7 +228,7 @@ def feedback(
     if factors is None: factors = feedback_factors(S)
     return None if factors is None else _Feedback(W, f, S, _scale_dtype(W, f.bits)).run(factors)
 
-# %% ../../nbs/quantize/rounding.ipynb #041bff28
+# %% ../../nbs/quantize/rounding.ipynb #bf100514
 Rounding = Literal['auto', 'nearest', 'feedback']
 
 def round_weight(
@@ -235,8 +240,7 @@ def round_weight(
     factors: Sequence[torch.Tensor]|None = None,    # made by `feedback_factors`, where they are there already
 ) -> Rounded:
     "The codes of one layer; feedback that is not better than rounding to nearest gives way to it"
-    diag = None if S is None else torch.cat([C.diagonal(dim1=-2, dim2=-1) for C in S], -1)
-    near = nearest(W, f, diag=diag)
+    near = nearest(W, f, diag=None if S is None else _diag(S))
     if S is None or rounding == 'nearest' or (rounding == 'auto' and f.bits == 8): return near
     fed = feedback(W, f, S, factors=factors)
     if fed is None: return near
