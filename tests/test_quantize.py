@@ -466,6 +466,24 @@ def test_forms_of_data():
         assert all(torch.equal(got[k], want[k]) for k in got if 'zeros' in k or 'qweight' in k) or isinstance(data, list)
     with pytest.raises(ValueError, match='no batches'): Quantizer(3).plan(m, [])
 
+def test_moments_collected_before():
+    from fasterai.core.inputs import collect_inputs
+    m,x = mlp(),rows()
+    want = Quantizer(4).quantize(m, x).state_dict()
+    for data in (collect_inputs(m, x), calibrate(m, x, inputs=True)): assert stepped(Quantizer(4).quantize(m, data).state_dict(), want)
+    with pytest.raises(ValueError, match='hold no moments of inputs'): Quantizer(4).plan(m, calibrate(m, x))
+    conv,img = nn.Sequential(nn.Conv2d(3, 8, 3)),torch.randn(9, 3, 8, 8)
+    with pytest.raises(ValueError, match="the moments of '0' are of 3 channels, its weight has 27 inputs"): Quantizer(4).plan(conv, collect_inputs(conv, img))
+    assert Quantizer(4).plan(conv, collect_inputs(conv, img, patches=True))['0'].calibrated
+
+def test_the_bias_takes_up_the_mean():
+    m,x = mlp(),rows(2000) + 3
+    q,near = Quantizer(3).quantize(m, x),Quantizer(3, rounding='nearest').quantize(m)
+    with torch.no_grad(): off,plain = ((o[0](x) - m[0](x)).mean(0).abs().max().item() for o in (q, near))
+    assert off < .002 < .02 < plain
+    bare = mlp(bias=False)
+    assert all(o.bias is None for o in Quantizer(3).quantize(bare, x) if isinstance(o, QuantLayer))
+
 def test_padding_does_not_count():
     class Masked(nn.Module):
         def __init__(self):
@@ -538,6 +556,17 @@ def test_learner(bias, tmp_path):
         assert torch.allclose(learn.get_preds()[0], y, atol=1e-5)
         learn.lr_find(num_it=30, show_plot=False)
         assert learn.uncompress().model is dense
+
+@pytest.mark.parametrize('split', (lambda m: [list(m[:2].parameters()), list(m[2:].parameters())],
+    lambda m: [[m[0].weight, m[0].bias], [m[2].weight, m[2].bias, m[4].weight, m[4].bias]]), ids=('all', 'by name'))
+def test_parameter_groups(split):
+    learn = Learner(dls_of(), mlp(), loss_func=nn.CrossEntropyLoss(), splitter=split)
+    learn.freeze()
+    learn.quantize(4)
+    assert not learn.model[0].scales.requires_grad and learn.model[2].scales.requires_grad
+    learn.create_opt()
+    groups = [{id(p) for p in g} for g in learn.opt.param_lists]
+    assert groups == [{id(p) for p in learn.model[:2].parameters()}, {id(p) for p in learn.model[2:].parameters()}]
 
 def test_export_and_load_learner(tmp_path):
     torch.manual_seed(0)

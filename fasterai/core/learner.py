@@ -44,7 +44,8 @@ def _successors(dense, model):
     new,res = dict(model.named_parameters(remove_duplicate=False)),{}
     for n,p in dense.named_parameters(remove_duplicate=False):
         layer,dot,k = n.rpartition('.')
-        names = [n] if n in new else [f'{layer}{dot}{i}.{k}' for i in '01']
+        quantized = [f'{layer}{dot}scales'] if k == 'weight' else []
+        names = [n] if n in new else [f'{layer}{dot}{i}.{k}' for i in '01'] + quantized
         res[id(p)] = [new[o] for o in names if o in new]
     return res
 
