@@ -149,7 +149,7 @@ def _statistics(self:Quantizer, model, data, sites, n_batches, sensitivity, loss
     how = {True: 'full', 'auto': 'full' if wanted else None}.get(sensitivity, sensitivity or None)
     return moments_for(model, data, sites, n_batches, how, loss)
 
-# %% ../../nbs/quantize/quantizer.ipynb #04064dcc
+# %% ../../nbs/quantize/quantizer.ipynb #23708002
 @patch
 def _pricer(self:Quantizer, s, stats): return Pricer(s, stats.get(s.name), stats.sens.get(s.name), rounding=self.rounding)
 
@@ -187,7 +187,7 @@ def _remark(s, stats, r):
     if o is not None and o.few: res.append(f'seen on {o.rows:,} rows for {len(o.mean):,} inputs')
     return '; '.join(res)
 
-_FAR = .4   # relative output error from which errors of layers no longer add up
+_FAR = .6   # relative output error from which errors of layers no longer add up
 
 @patch
 def _warn(self:Quantizer, plan, data):
