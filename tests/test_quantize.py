@@ -524,6 +524,18 @@ def test_budget_is_at_least_as_good_as_the_best_single_format():
         many = Quantizer(ByteBudget(bytes=sum(o.after for o in one.layers))).plan(m, x)
         assert sum(o.loss or 0 for o in many.layers) <= 1.001*sum(o.loss for o in one.layers)
 
+def test_budget_beside_layers_without_sensitivity():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table,self.used,self.idle = nn.Embedding(20, 32),nn.Linear(32, 64),nn.Linear(32, 64)
+        def forward(self, x): return self.used(self.table(x))
+    torch.manual_seed(0)
+    plan = Quantizer(ByteBudget(.15), embeddings=True).plan(Part(), torch.randint(20, (30, 5)))
+    assert plan['table'].format == Int(8) and plan['table'].scales == 'float32'
+    assert plan['used'].after + plan['idle'].after <= .15*2*4*32*64 and plan['used'].loss is not None and plan['idle'].loss is None
+    assert abs(plan['used'].format.bits - plan['idle'].format.bits) <= 1
+
 def test_budget_limits():
     m,x = mlp(),rows()
     with pytest.raises(ValueError, match=r'ByteBudget\(0.02\) allows 911 bytes, but these 3 layers need at least'): Quantizer(ByteBudget(.02)).plan(m, x)

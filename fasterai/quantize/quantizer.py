@@ -92,7 +92,7 @@ def _row(s, why):
     return QuantRow(s.name, s.kind, shape, itemsize=size, reason=why or '', aliases=s.names[1:], can=s.reason is None,
                     bias=getattr(s.module, 'bias', None) is not None)
 
-# %% ../../nbs/quantize/quantizer.ipynb #0bf9a81c
+# %% ../../nbs/quantize/quantizer.ipynb #932c400d
 @patch
 @torch.no_grad()
 def plan(self:Quantizer,
@@ -111,6 +111,7 @@ def plan(self:Quantizer,
     for s in todo: _check_finite(s)
     stats = self._statistics(model, data, todo, n_batches, sensitivity, loss)
     formats,choice = self.policy.choose(self._prices(todo, stats))
+    formats = {s.name: Int(8) for s in todo} | formats      # embeddings, which no budget is asked about
     rows,codes = {s.name: _row(s, why.get(s.name)) for s in sites},{}
     for s in todo: rows[s.name],codes[s.name] = self._decide(s, rows[s.name], formats[s.name], stats)
     total = sum(o.loss or 0 for o in rows.values())
@@ -149,18 +150,21 @@ def _statistics(self:Quantizer, model, data, sites, n_batches, sensitivity, loss
     how = {True: 'full', 'auto': 'full' if wanted else None}.get(sensitivity, sensitivity or None)
     return moments_for(model, data, sites, n_batches, how, loss)
 
-# %% ../../nbs/quantize/quantizer.ipynb #23708002
+# %% ../../nbs/quantize/quantizer.ipynb #d9c888e8
 @patch
 def _pricer(self:Quantizer, s, stats): return Pricer(s, stats.get(s.name), stats.sens.get(s.name), rounding=self.rounding)
 
 @patch
 def _prices(self:Quantizer, sites, stats):
     if not isinstance(self.policy, ByteBudget): return {s.name: Price(s.names, 0, len, float) for s in sites}
+    sites = [s for s in sites if not isinstance(s, EmbeddingSite)]
+    pricers = {s.name: self._pricer(s, stats) for s in sites}
+    most = max([p.error(p.W, p.H) for p in pricers.values() if p.H is not None and p.S is not None], default=1.)
     def price(s):
-        (m,n),p = batched_weight(s).flatten(0, 1).shape,self._pricer(s, stats)
+        (m,n),p = batched_weight(s).flatten(0, 1).shape,pricers[s.name]
         def loss(f):
             c = p(_for(s, f))
-            return c.error**2 if c.loss is None else max(0., c.loss)
+            return c.error**2*most if c.loss is None else max(0., c.loss)
         return Price(s.names, s.module.weight.nbytes, partial(weight_bytes, m=m, n=n), loss, lambda f: _can(s, f) is None)
     return {s.name: price(s) for s in sites}
 
