@@ -13,7 +13,7 @@ from numbers import Integral
 from typing import Any, ClassVar, Literal
 from ..core.batches import _short
 
-# %% ../../nbs/quantize/formats.ipynb #53a9ca09
+# %% ../../nbs/quantize/formats.ipynb #1bfd90e1
 BITS = 2, 3, 4, 5, 6, 8
 
 def _is_int(x): return isinstance(x, Integral) and not isinstance(x, bool)
@@ -27,7 +27,7 @@ def _check_bits(bits):
 class Int:
     "Weights of `bits` bits; equal settings are equal, however they were given"
     bits: int = 8                       # 2, 3, 4, 5, 6 or 8
-    group: int|None = None              # inputs that share a scale: a power of 2 from 16, 0 for a whole row; None: a row from 5 bits, else 64
+    group: int|None = None              # inputs that share a scale: 2ⁿ from 16, 0 for a row; None: a row from 5 bits up, else 64
     symmetric: bool|None = None         # no zero points? None: only at 8 bits
     activations: Literal['float','dynamic'] = 'float'   # 'dynamic': inputs are rounded to 8 bits too, for products of integers
     kinds: ClassVar[tuple[str,...]] = ('linear','conv','embedding')     # of layers that it can store

@@ -16,7 +16,7 @@ from .formats import Half, Int, blocks_of, codes_per_word
 from .packing import int8_product, int8_weight, int8_works, pack_codes, round_rows, steps, values
 from .rounding import Rounded, nearest
 
-# %% ../../nbs/quantize/layers.ipynb #c28aee17
+# %% ../../nbs/quantize/layers.ipynb #4c071a43
 def _version(t): return 0 if t.is_inference() else t._version
 
 class _Kept:
@@ -39,6 +39,7 @@ class _Whole(torch.autograd.Function):
         l._drop()       # what has a gradient is about to change, and fastai's optimizers change it behind the back of autograd
         return l._scale_grad(g).to(l.scales.dtype), None, None
 
+# %% ../../nbs/quantize/layers.ipynb #f50850ea
 class _Integer(torch.autograd.Function):
     "The integer product, with the gradients of the float one"
     @staticmethod
@@ -50,7 +51,7 @@ class _Integer(torch.autograd.Function):
         x,W = ctx.saved_tensors
         return g @ W.to(g.dtype), g.T @ x, None
 
-# %% ../../nbs/quantize/layers.ipynb #63194b55
+# %% ../../nbs/quantize/layers.ipynb #e79e01b2
 _MODULE = frozenset(vars(nn.Module())) | {'forward'}
 
 def _attrs(m): return {k: v for k,v in vars(m).items() if k not in _MODULE}
@@ -62,6 +63,7 @@ def packed(
     zeros = None if r.zeros is None else pack_codes(r.zeros.flatten(0, 1), r.bits)
     return dict(qweight=pack_codes(r.codes.flatten(0, 1), r.bits), scales=r.scales.flatten(0, 1), zeros=zeros)
 
+# %% ../../nbs/quantize/layers.ipynb #a5bbbebe
 class QuantLayer(nn.Module):
     "A layer with packed weights, in rows (m, n)"
     _own = frozenset({'format', '_dtype', '_dense', '_n', '_kept'})

@@ -47,7 +47,7 @@ def moments_for(model, data, sites, n_batches, sensitivity, loss) -> Inputs:
         _warn_user(f'the sensitivity cannot be measured ({e}): errors of all layers count alike. sensitivity=False avoids this warning.')
         return collect_moments(model, data, sites, n_batches)
 
-# %% ../../nbs/quantize/measure.ipynb #9d662db1
+# %% ../../nbs/quantize/measure.ipynb #73b0a783
 @dataclass(frozen=True)
 class Cost:
     "What a format does to one layer"
@@ -61,6 +61,7 @@ class Cost:
         "What the quantized layer takes; None in half precision"
         return None if self.rounded is None else packed(self.rounded) | ({} if self.shift is None else dict(shift=self.shift))
 
+# %% ../../nbs/quantize/measure.ipynb #5eb8f151
 class Pricer:
     "Predicts the errors of one layer in any format"
     def __init__(self, 

@@ -76,7 +76,7 @@ class QuantRow(Row):
     def from_dict(cls, d: dict) -> 'QuantRow':
         return super().from_dict(d | dict(format=None if d['format'] is None else mk_format(d['format'])))
 
-# %% ../../nbs/quantize/plan.ipynb #ac0368db
+# %% ../../nbs/quantize/plan.ipynb #e41acc5f
 @dataclass(frozen=True, repr=False)
 class QuantizationPlan(Plan):
     "What happens to each layer of a model"
@@ -96,6 +96,7 @@ class QuantizationPlan(Plan):
         "Bytes of all parameters and buffers afterwards"
         return self.bytes + sum(o.after - o.before for o in self.replaced)
 
+# %% ../../nbs/quantize/plan.ipynb #65cd1c2b
 @patch(as_prop=True)
 def title(self:QuantizationPlan) -> str:
     "One line: policy, what changes, bytes"
@@ -153,7 +154,7 @@ def sites(self:QuantizationPlan,
             f'plan expects {o.name!r} {"with" if o.bias else "without"} bias, the model has it {"with" if bias else "without"}. {other}')
     return {o.name: found[o.name] for o in self.replaced}
 
-# %% ../../nbs/quantize/plan.ipynb #df1d485e
+# %% ../../nbs/quantize/plan.ipynb #12a07a95
 def _mark(s):
     "Numbers that change with the weight"
     W = _double(s.module.weight.detach()).flatten(1)
@@ -181,6 +182,7 @@ def _codes(self:QuantizationPlan, sites, moments):
     if lost: _warn_user(f'{len(lost)} layers ({", ".join(lost[:3])}) are rounded to nearest: the plan came from a file, or their weights '
                         'have changed since. Pass plan.apply(model, data=…) to round them as planned.')
 
+# %% ../../nbs/quantize/plan.ipynb #00b0f370
 def _empty(row, s): return quant_layer(s.module, row.format, scale_dtype=getattr(torch, row.scales))
 
 def _filled(row, s, codes):
@@ -208,6 +210,7 @@ def apply(self:QuantizationPlan,
             else: new[s.module] = layer
         return self._checked(model if inplace else copy_with(model, new), before)
 
+# %% ../../nbs/quantize/plan.ipynb #f4fee7a3
 @patch
 def skeleton(self:QuantizationPlan,
     model: nn.Module,           # same architecture as the one planned for, on any device, meta too; left unchanged

@@ -47,7 +47,7 @@ class ByName:
         "Layer -> format"
         return {n: self._of(p.names)[1] for n,p in prices.items()}, None
 
-# %% ../../nbs/quantize/policies.ipynb #25e364da
+# %% ../../nbs/quantize/policies.ipynb #e483b7a1
 def variants(
     x: Any,         # bits, or a format
 ) -> tuple:         # formats
@@ -65,6 +65,7 @@ class Price:
     loss: Callable[['Int|Half'],float]              # squared error in a format, comparable between layers
     fits: Callable[['Int|Half'],bool] = lambda f: True      # can this layer have that format?
 
+# %% ../../nbs/quantize/policies.ipynb #0e9c3d5b
 class ByteBudget:
     "The formats with the least total error that fit into a number of bytes"
     wants_sensitivity = True

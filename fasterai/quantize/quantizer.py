@@ -59,7 +59,7 @@ class Quantizer:
 
 def _tupled(x): return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else x
 
-# %% ../../nbs/quantize/quantizer.ipynb #048b0145
+# %% ../../nbs/quantize/quantizer.ipynb #2ff94b8b
 def _can(s, f):
     "Why layer `s` cannot have format `f`, None if it can"
     if not isinstance(f, Half): return None
@@ -70,6 +70,7 @@ def _for(s, f):
     "`f` as layer `s` has it: integer products are for fully-connected layers"
     return replace(f, activations='float') if isinstance(f, Int) and f.dynamic and isinstance(s, (ConvSite, EmbeddingSite)) else f
 
+# %% ../../nbs/quantize/quantizer.ipynb #68943afb
 @patch
 def _reasons(self:Quantizer, model, sites):
     "Layers that stay: first name -> why"
@@ -92,7 +93,7 @@ def _row(s, why):
     return QuantRow(s.name, s.kind, shape, itemsize=size, reason=why or '', aliases=s.names[1:], can=s.reason is None,
                     bias=getattr(s.module, 'bias', None) is not None)
 
-# %% ../../nbs/quantize/quantizer.ipynb #932c400d
+# %% ../../nbs/quantize/quantizer.ipynb #9548a139
 @patch
 @torch.no_grad()
 def plan(self:Quantizer,
@@ -121,6 +122,7 @@ def plan(self:Quantizer,
     self._warn(res, data)
     return res
 
+# %% ../../nbs/quantize/quantizer.ipynb #ef15909b
 def _calibrated(stats):
     if not stats: return ''
     most = max(o.rows for o in stats.values())
@@ -150,7 +152,7 @@ def _statistics(self:Quantizer, model, data, sites, n_batches, sensitivity, loss
     how = {True: 'full', 'auto': 'full' if wanted else None}.get(sensitivity, sensitivity or None)
     return moments_for(model, data, sites, n_batches, how, loss)
 
-# %% ../../nbs/quantize/quantizer.ipynb #d9c888e8
+# %% ../../nbs/quantize/quantizer.ipynb #a5531f85
 @patch
 def _pricer(self:Quantizer, s, stats): return Pricer(s, stats.get(s.name), stats.sens.get(s.name), rounding=self.rounding)
 
@@ -183,6 +185,7 @@ def _decide(self:Quantizer, s, row, f, stats):
     if c.rounded.scales.dtype is torch.float32: row = replace(row, scales='float32')
     return replace(row, rounding=c.rounded.how), c.codes | dict(mark=_mark(s))
 
+# %% ../../nbs/quantize/quantizer.ipynb #32a12237
 def _remark(s, stats, r):
     res = [f'also known as {", ".join(s.names[1:])}'] if s.names[1:] else []
     if s.name in stats.missing: res.append(f'without data: {stats.missing[s.name]}')

@@ -44,7 +44,7 @@ def _stored(s, dtype):
 
 def _codes(w, s, z, bits): return (torch.round(w/s) + z).clamp_(0, 2**bits - 1)
 
-# %% ../../nbs/quantize/rounding.ipynb #c835c4f0
+# %% ../../nbs/quantize/rounding.ipynb #7a1761de
 _CLIPS = 1., .95, .9, .85, .8, .75, .7, .65, .6
 
 def _candidates(w, bits, symmetric):
@@ -62,6 +62,7 @@ def _candidates(w, bits, symmetric):
         s = c*(hi - lo)/top
         yield s, torch.round(-c*lo/s.clamp(min=1e-30)).clamp_(0, top)
 
+# %% ../../nbs/quantize/rounding.ipynb #ed04e217
 def search(
     w: torch.Tensor,                    # groups (…, size), float32
     bits: int,
@@ -144,7 +145,7 @@ def _within(P, E, H, first, rows):
     "Part of some rows in the error, weighted by the full `H`"
     return float(((P @ _double(E).T)*_double(H)[rows, first:first+len(E)]).sum())
 
-# %% ../../nbs/quantize/rounding.ipynb #df1ab056
+# %% ../../nbs/quantize/rounding.ipynb #a58e331b
 _DAMP = .01     # of the mean of the diagonal, added to it
 _CHUNK = 64     # columns between two updates of all that are to come
 
@@ -172,6 +173,7 @@ def feedback_factors(
     res = tuple(map(_feedback_factor, S))
     return None if any(U is None for U in res) else res
 
+# %% ../../nbs/quantize/rounding.ipynb #2ed442ac
 class _Feedback:
     "Rounds the columns of `W` in order"
     def __init__(self, W, f, S, dtype):
@@ -217,6 +219,7 @@ class _Feedback:
         f,q = self.f,self.codes.unflatten(-1, (self.blocks, self.size))
         return Rounded(q, self.scales.to(self.dtype), None if f.symmetric else self.zeros.to(torch.uint8), at, f.bits, 'feedback')
 
+# %% ../../nbs/quantize/rounding.ipynb #20d91d67
 def feedback(
     W: torch.Tensor,                # (B, m, n)
     f: Int,
