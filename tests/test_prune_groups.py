@@ -4,6 +4,7 @@ from copy import deepcopy
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fasterai.core.check import _numbers
+from fasterai.core.surgery import copy_with
 from fasterai.prune.attention import FewerHeads
 from fasterai.prune.groups import Group, Member, find_groups, prove_groups, slice_units
 from fasterai.prune.slicing import sliced
@@ -28,15 +29,15 @@ def by_name(groups): return {g.name: g for g in groups}
 def ready(groups): return [g for g in groups if not g.reason]
 def some(g): return sorted(torch.randperm(g.units)[:max(1, g.units*2//3)].tolist())
 
-def worn(model):
-    "Float64, with batch norms that have seen something"
+def worn(model, dtype=torch.float64):
+    "In `dtype`, with batch norms that have seen something"
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.running_mean.normal_(0, .3)
             m.running_var.uniform_(.5, 1.5)
             nn.init.uniform_(m.weight, .5, 1.5)
             nn.init.normal_(m.bias, 0, .3)
-    return model.double().eval()
+    return (model if dtype == torch.float32 else model.to(dtype)).eval()
 
 def reads(m, columns):
     "Set the columns of a layer that read units to zero, written out for each kind of layer"
@@ -403,13 +404,14 @@ HEADS = {'timm-vit': 2, 'timm-deit': 2, 'timm-swin': 4, 'tv-vit': 2, 'hf-bert': 
 @pytest.mark.parametrize('name', [n for n in ZOO if n != 'fastai-tabular'])
 def test_zoo(name):
     model,x = ZOO[name].make()
-    model = peaked(worn(model), 10.)
-    def f(o): return o.double() if torch.is_tensor(o) and o.is_floating_point() else o
+    dtype = torch.float32 if re.search('mixtral|awd', name) else torch.float64      # which these do not run in
+    model = peaked(worn(model, dtype), 10.)
+    def f(o): return o.to(dtype) if torch.is_tensor(o) and o.is_floating_point() else o
     def call(m): return m(**{k: f(v) for k,v in x.items()}) if isinstance(x, dict) else m(*map(f, x))
     groups = find_groups(model, {k: f(v) for k,v in x.items()} if isinstance(x, dict) else tuple(map(f, x)))
     assert all(g.reason == '' or len(g.reason) < 250 and '\n' not in g.reason for g in groups)
     assert sum(g.kind == 'heads' for g in ready(groups)) >= HEADS.get(name, 0)
-    kept,dense = {g.name: some(g) for g in ready(groups)},deepcopy(model)
+    kept,dense = {g.name: some(g) for g in ready(groups)},copy_with(model)
     for g in ready(groups):
         for o in g.readers: reads(dense.get_submodule(o.layer), o.of(sorted({*range(g.units)} - {*kept[g.name]})))
     small = slice_units(model, groups, kept)
@@ -418,7 +420,8 @@ def test_zoo(name):
         a = _numbers(call(dense))
         torch.manual_seed(0)
         b = _numbers(call(small))
-    for s,t in zip(a, b, strict=True): torch.testing.assert_close(s, t, rtol=1e-7, atol=1e-7)
+    tol = 1e-4 if dtype == torch.float32 else 1e-7
+    for s,t in zip(a, b, strict=True): torch.testing.assert_close(s, t, rtol=tol, atol=tol)
 
 @pytest.mark.slow
 def test_llama_with_fewer_heads_generates():
