@@ -46,7 +46,8 @@ def _layer_reason(name, m, away, owners):
     for t in m._parameters.values() if _where(m, 'out') else ():
         if t is None: continue
         key,lo,hi = _span(t)
-        if (others := [n for a,b,i,n in owners[key] if i != id(m) and a < hi and lo < b]): return f'{name!r} is tied with {", ".join(others[:3])}'
+        others = [n for a,b,i,n in owners[key] if i != id(m) and a < hi and lo < b]
+        if others: return f'{name!r} is tied with {", ".join(others[:3])}'
 
 # %% ../../nbs/prune/groups.ipynb #5bdb8b88
 def _members(units, mods):
@@ -129,7 +130,8 @@ def find_groups(
     "All groups of channels, neurons and attention heads; those that must stay have a reason"
     if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {_short(model)}.')
     for n,p in model.named_parameters():
-        if p.is_floating_point() and not p.is_meta and not p.isfinite().all(): raise ValueError(f'{n!r} has values that are NaN or infinite.')
+        if p.is_floating_point() and not p.is_meta and not p.isfinite().all():
+            raise ValueError(f'{n!r} has values that are NaN or infinite.')
     run,example = first_batch(model, example)
     if run is None: raise ValueError('example must be a batch of data, or hold one.')
     with left_as_found(model), torch.no_grad(): run(model)      # what does not run says so itself

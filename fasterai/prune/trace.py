@@ -228,8 +228,8 @@ def flow_of(
 # %% ../../nbs/prune/trace.ipynb #3a886a11
 def units_of(
     flow: Flow,
-) -> list[tuple[list[dict],set[str]]]:  # units that touch the same slots, each as slot -> indices; notes on what they pass
-    "What is connected, sorted by the slots that it touches"
+) -> list[tuple[list[dict],set[str]]]:  # units of one form, each as slot -> indices; notes on what they pass
+    "What is connected, sorted by the slots that it touches and the number of entries there"
     slots = [*flow.seen]
     at = {s: i for i,s in enumerate(slots)}
     wide = 1 + max((i for v in flow.seen.values() for i in v), default=0)
@@ -243,9 +243,9 @@ def units_of(
     for c,o in zip(label.tolist(), atoms.tolist()): parts[c][o//wide].append(o % wide)
     res = defaultdict(list)
     for c,touched in parts.items():
-        names = frozenset(s for s in touched if isinstance(slots[s], tuple))
-        notes = frozenset(flow.graph.note(slots[s]) for s in touched if s not in names) - {''}
-        if names: res[names, notes].append({slots[s]: tuple(touched[s]) for s in sorted(names)})
+        names = sorted(s for s in touched if isinstance(slots[s], tuple))
+        notes = frozenset(flow.graph.note(slots[s]) for s in touched if not isinstance(slots[s], tuple)) - {''}
+        if names: res[tuple((s, len(touched[s])) for s in names), notes].append({slots[s]: tuple(touched[s]) for s in names})
     return [(units, set(notes)) for (_,notes),units in res.items()]
 
 # %% ../../nbs/prune/trace.ipynb #1855277a
