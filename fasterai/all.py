@@ -11,6 +11,7 @@ from fasterai.core.readers import weight_readers
 from fasterai.core.report import ModelComparison, compare_models, plot_tradeoff
 from fasterai.core.store import load_compressed, save_compressed
 from fasterai.core.weights import load_weights
+from fasterai.fold.plan import FoldPlan
 from fasterai.lowrank.checkpoint import decompose_checkpoint, load_decomposed
 from fasterai.lowrank.cli import run_example
 from fasterai.lowrank.decide import make_plan, plot_spectra
@@ -20,5 +21,6 @@ from fasterai.lowrank.ranks import Energy, FixedRank, LayerPolicy, ParamBudget, 
 from fasterai.lowrank.refine import refine
 from fasterai.lowrank.search import RankSuggestion, rank_find
 from fasterai.lowrank.svd import spectrum
+from fasterai.misc.bn_folder import BN_Folder
 from fasterai.misc.fc_decomposer import FC_Decomposer
-import fasterai.lowrank.learner as _learner     # methods of the Learner
+import fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank     # methods of the Learner

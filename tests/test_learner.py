@@ -569,7 +569,7 @@ def test_uncompress_is_undecompose():
     learn = learner()
     net = learn.model
     assert learn.decompose(.25).uncompress() is learn and learn.model is net
-    with pytest.raises(ValueError, match='was not decomposed, or is dense again'): learn.uncompress()
+    with pytest.raises(ValueError, match='was not compressed, or is dense again'): learn.uncompress()
 
 # ------------------------------------------------------------------ what was done, and doing it twice
 

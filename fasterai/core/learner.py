@@ -19,6 +19,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 from .modules import is_pair
+from .plan import Plan
 from .store import _lean, save_compressed as _saved
 
 # %% ../../nbs/core/learner.ipynb #00bd6120
@@ -30,8 +31,6 @@ class _Kept:
 def _kept(learn): return learn.__dict__.get('_dense')   # getattr would go on to the model
 
 def _dense_of(learn): return getattr(_kept(learn), 'model', None)
-
-def _decomposed(learn): return _kept(learn) is not None
 
 # %% ../../nbs/core/learner.ipynb #94fa1b76
 def _as_groups(got):
@@ -146,8 +145,28 @@ def _swap(learn, model, kept):
         if hasattr(cb, 'wait') and isinstance(cb, TrackerCallback): cb.wait = 0
     return learn
 
+# %% ../../nbs/core/learner.ipynb #4eae86ee
+@patch(as_prop=True)
+def plans(self:Learner) -> list[Plan]:
+    "What was done to the model, one plan for each call that compressed it; empty again after `uncompress`"
+    return list(getattr(_kept(self), 'plans', ()))
+
+def _compressed(learn, model, plan):
+    "`model`, made by `plan`, in the place of that of `learn`"
+    first = _dense_of(learn) if _kept(learn) is not None else learn.model
+    return _swap(learn, model, _Kept(first, (*learn.plans, plan)))
+
+@patch
+def uncompress(self:Learner) -> Learner: # itself
+    """Restore the dense model, as it was before the first call that compressed it: what was frozen then is frozen again, even after
+    `unfreeze`. The optimizer is dropped, or made anew in a running fit"""
+    if _kept(self) is None: raise ValueError('nothing to undo: the model of this Learner was not compressed, or is dense again.')
+    if _dense_of(self) is None: raise ValueError('an exported Learner holds no dense model to go back to, and neither does a copy.')
+    _check_now(self, 'uncompress')
+    return _swap(self, _dense_of(self), None)
+
 # %% ../../nbs/core/learner.ipynb #47255cd4
-def _check_checkpoint(file, kept, model, state, *args):
+def _check_checkpoint(file, kept, model, state, prefix, metadata, strict, *args):
     "Raise where `state` belongs to the dense form of `model`, or to another decomposed one; called by torch before it copies anything"
     def key(n, k): return f'{n}.{k}' if n else k
     mods = dict(model.named_modules())
@@ -163,6 +182,11 @@ def _check_checkpoint(file, kept, model, state, *args):
                                'Decompose it by the same plan first: learn.decompose(plan=…).')
     if other: raise ValueError(f'{str(file)!r} holds a model that was decomposed to other ranks ({_some(other)}). Nothing was loaded. '
                                'Decompose by the same plan first: learn.undecompose(), then learn.decompose(plan=…).')
+    has = model.state_dict().keys()
+    if kept is not None and strict and has & state.keys() and has != state.keys():
+        odd = [*(has - state.keys()), *(state.keys() - has)]
+        raise ValueError(f'{str(file)!r} holds another model than the compressed one of this Learner ({_some(sorted(odd))}). Nothing was loaded. '
+                         'If it is the dense one, call learn.uncompress() first.')
 
 def _some(names): return ', '.join(map(repr, names[:3])) + ', …'*(len(names) > 3)
 

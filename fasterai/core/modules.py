@@ -202,6 +202,7 @@ def select(
     patterns: str|Iterable[str],         # names, containers or wildcards
     arg: str,                            # the argument they came from, for the error
     known: Iterable[str] = (),           # further names that are not an error though no layer lies there
+    what: str = 'layer',                 # what they name, for the error
 ) -> list[str]:                          # first names, in the order of `names`
     "The layers that `patterns` select"
     pats = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
@@ -212,8 +213,8 @@ def select(
         every = [n for ns in names.values() for n in ns]
         close = get_close_matches(p, every, 2, 0.3)
         close = [n for n in every if n in close] or every[:3]
-        raise ValueError(f'no layer matches {arg}={p!r}. ' + (f'Closest: {", ".join(map(repr, close))}.' if close else
-            'The model has no fully-connected layer.'))
+        raise ValueError(f'no {what} matches {arg}={p!r}. ' + (f'Closest: {", ".join(map(repr, close))}.' if close else
+            f'The model has no {"fully-connected layer" if what == "layer" else what}.'))
     return [k for k,ns in names.items() if any(match_name(n, p) for n in ns for p in pats)]
 
 # %% ../../nbs/core/modules.ipynb #291482bd

@@ -128,7 +128,7 @@ def _layer_frame(plan, col):
         elif math.isnan(col.error(o.name)): why.append('its output never varies')
         return '; '.join(why)
     rows = [dict(layer=o.name or '(the model)') | o.decision | dict(predicted=o.error, measured=col.error(o.name), remark=remark(o))
-        for o in plan.replaced]
+        for o in plan.replaced if o.name in col.dense]
     return pd.DataFrame(rows, columns=None if rows else 'layer predicted measured remark'.split()).astype(
         dict(predicted='float64', measured='float64'))
 
@@ -227,7 +227,7 @@ def compare_models(
         if latency: rows['latency (ms)'] = _latencies(first)
     what = 'f(model)' if b.fn else 'the first batch'
     note = f'MACs{" and latency" if latency else ""} of {what}, output error over {n} batch{"es"*(n > 1)}; {_where(models)}'
-    return ModelComparison(_table(rows), None if plan is None else _layer_frame(plan, col), note)
+    return ModelComparison(_table(rows), None if plan is None or plan.replaced and not sites else _layer_frame(plan, col), note)
 
 # %% ../../nbs/core/report.ipynb #363cff3f
 def _percent(): return FuncFormatter(lambda v,_: f'{100*v:g}%')     # PercentFormatter rounds 0.5 % to 0 on a logarithmic axis

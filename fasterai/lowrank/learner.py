@@ -25,7 +25,7 @@ from .decide import make_plan
 from .plan import DecompositionPlan
 from .ranks import FixedRank, PerLayer, Policy, RankRatio, mk_policy
 from .search import RATIOS, RankSuggestion, rank_find
-from ..core.learner import _Kept, _check_now, _decomposed, _dense_of, _kept, _running, _swap
+from ..core.learner import _check_now, _compressed, _dense_of, _running
 
 # %% ../../nbs/lowrank/learner.ipynb #5db4205a
 class _Unset:
@@ -100,9 +100,13 @@ def decompose(self:Learner,
         elif data is None and any(o.calibrated and o.name not in plan.bases for o in plan.replaced): data = self.dls    # a plan from a file
         if _stays(self, kept, plan.layers, last=True): return self
         small = plan.apply(self.model, data=data if given else None, n_batches=n_batches if given else None)
-    return _swap(self, small, _Kept(_dense_of(self) if _decomposed(self) else self.model, (*self.plans, replace(plan, bases={}))))
+    return _compressed(self, small, replace(plan, bases={}))
 
 # %% ../../nbs/lowrank/learner.ipynb #ef785e3c
+def _plans(learn): return [p for p in learn.plans if isinstance(p, DecompositionPlan)]
+
+def _decomposed(learn): return bool(_plans(learn))
+
 def _back(learn):
     if _dense_of(learn) is None: return 'A decomposed model is not decomposed again'
     return 'learn.undecompose() goes back to the dense model'
@@ -133,7 +137,7 @@ def _settled(learn, policy, layers, exclude, types):
     asked = {whole(o.name) for o in rows if o.asked}
     def holds(p, o): return not named or (
         o.reason == 'dense by policy' and p.policy == repr(policy) and asked == {r.name for r in p.layers if r.asked})
-    return {o.name: o.reason.removeprefix('kept dense: ') for p in learn.plans for o in p.layers
+    return {o.name: o.reason.removeprefix('kept dense: ') for p in _plans(learn) for o in p.layers
             if o.name in can and o.can and o.asked and not o.changed and holds(p, o)}, rows
 
 def _tupled(names): return tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else names
@@ -156,26 +160,12 @@ def _stays(learn, kept, rows, last=False):
     _warn_user(f'this Learner is decomposed already: {what}. {_back(learn)}{" first"*(_dense_of(learn) is not None)}.')
     return not todo
 
-# %% ../../nbs/lowrank/learner.ipynb #5b3e9d12
-@patch(as_prop=True)
-def plans(self:Learner) -> list[DecompositionPlan]:
-    "What was done to the model, one plan for each call of `decompose`; empty again after `undecompose`"
-    return list(getattr(_kept(self), 'plans', ()))
-
 # %% ../../nbs/lowrank/learner.ipynb #27aff599
 @patch
 def undecompose(self:Learner) -> Learner: # itself
-    """Restore the dense model, as it was before the first `decompose`: what was frozen then is frozen again, even after `unfreeze`. The
-    optimizer is dropped, or made anew in a running fit"""
+    "The same as `learn.uncompress()`, for a model that was decomposed"
     if not _decomposed(self): raise ValueError('nothing to undo: this Learner was not decomposed, or is dense again.')
-    if _dense_of(self) is None: raise ValueError('an exported Learner holds no dense model to go back to, and neither does a copy.')
-    _check_now(self, 'undecompose')
-    return _swap(self, _dense_of(self), None)
-
-@patch
-def uncompress(self:Learner) -> Learner: # itself
-    "The same as `undecompose`: back to the dense model"
-    return self.undecompose()
+    return self.uncompress()
 
 # %% ../../nbs/lowrank/learner.ipynb #2187e93d
 _LOWER = frozenset('''valid_loss loss error_rate rmse _rmse exp_rmspe _exp_rmspe mse mae msle perplexity hamming_loss
