@@ -94,8 +94,10 @@ def _rows(self, model, example, data, n_batches, loss):
     groups = find_groups(model, example, heads=self.heads)
     left,costs = _left_out(model, groups, self.layers, self.exclude),measure_costs(model, example, groups)
     scores = score_units(model, [g for g in groups if g.name not in left], self.score, data, n_batches=n_batches, loss=loss)
+    price = dict(zip(costs.groups, costs.unit({})[:, ('params','macs').index(self.cost)]/max(1, getattr(costs, self.cost))))
     def row(g):
-        order,errors = curve(scores[g.name]) if g.name in scores else ((), ())
+        # what has no unit of error counts per cost, so that the same share of large and small units goes
+        order,errors = curve(scores[g.name]*(1. if self.score == 'taylor' else price[g.name])) if g.name in scores else ((), ())
         return row_of(g, model, costs, order=order, errors=errors, reason=left.get(g.name, ''))
     return tuple(map(row, groups)), costs
 
