@@ -1324,6 +1324,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._Bench._tensors': ( 'prune/prove.html#_bench._tensors',
                                                                                 'fasterai/prune/prove.py'),
+                                      'fasterai.prune.prove._Bench.draws': ('prune/prove.html#_bench.draws', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._Bench.louder': ('prune/prove.html#_bench.louder', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._Bench.masked': ('prune/prove.html#_bench.masked', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._Bench.out': ('prune/prove.html#_bench.out', 'fasterai/prune/prove.py'),

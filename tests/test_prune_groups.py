@@ -3,6 +3,7 @@ import re
 from copy import deepcopy
 import pytest, torch, torch.nn.functional as F
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 from fasterai.core.check import _numbers
 from fasterai.core.surgery import copy_with
 from fasterai.prune.attention import FewerHeads
@@ -141,6 +142,11 @@ def parametrized():
     nn.utils.parametrizations.weight_norm(m[0])
     return m
 
+def spectral():
+    m = mlp(8, 12, 3)
+    nn.utils.spectral_norm(m[0])
+    return m
+
 def lora():
     m = mlp(8, 12, 3)
     m[0].lora = nn.Linear(8, 12)
@@ -169,6 +175,11 @@ STAYS = {
     'unread':    (lambda: Net(lambda s,x: s.b(x) + s.a(x).sum(), a=nn.Linear(8, 12), b=nn.Linear(8, 2)), rows, 'a', ''),
     'idle':      (lambda: Net(lambda s,x: s.b(x) if x.sum() < 1e9 else s.d(s.c(x)), b=nn.Linear(8, 3), c=nn.Linear(8, 12), d=nn.Linear(12, 3)),
                   rows, 'c', 'forward does not call it'),
+    'random':    (lambda: Net(lambda s,x: s.b(F.dropout(s.a(x), .5, True)), a=nn.Linear(8, 12), b=nn.Linear(12, 3)), rows, 'a',
+                  'draws random numbers in eval mode'),
+    'spectral':  (spectral, rows, '0', 'its weight is computed by SpectralNorm; torch.nn.utils.remove_spectral_norm'),
+    'frozen_norm': (lambda: nn.Sequential(conv(3, 8), FrozenBatchNorm2d(8), conv(8, 4)), image, '0', 'fails without some of them'),
+    'bilinear':  (lambda: Net(lambda s,x: s.b(s.a(x), x), a=nn.Linear(8, 12), b=nn.Bilinear(12, 8, 3)), rows, 'a', ''),
     'root':      (lambda: nn.Linear(8, 3), rows, '', 'an output of the model'),
 }
 
@@ -372,6 +383,7 @@ def test_errors():
     with pytest.raises(ValueError, match="of '4' must stay: they are an output"): slice_units(m, groups, {'4': [0]})
     with pytest.raises(ValueError, match='for another model'): slice_units(nn.Sequential(nn.Linear(8, 3)), groups, {'2': [0]})
     with pytest.raises(TypeError, match='must be a torch.nn.Module'): find_groups('resnet', x)
+    with pytest.raises(TypeError, match='prune the model before torch.jit.script'): find_groups(torch.jit.script(m), x)
 
 def test_weights_that_are_not_finite():
     m,x = made('mlp')

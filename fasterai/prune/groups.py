@@ -129,6 +129,8 @@ def find_groups(
 ) -> list[Group]:                   # in the order of `model.named_modules()`
     "All groups of channels, neurons and attention heads; those that must stay have a reason"
     if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {_short(model)}.')
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError(f'{type(model).__name__} is scripted or traced: prune the model before torch.jit.script.')
     for n,p in model.named_parameters():
         if p.is_floating_point() and not p.is_meta and not p.isfinite().all():
             raise ValueError(f'{n!r} has values that are NaN or infinite.')

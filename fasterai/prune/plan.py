@@ -8,6 +8,7 @@ __all__ = ['GroupPlan', 'row_of', 'PruningPlan']
 # %% ../../nbs/prune/plan.ipynb #e77e54c4
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
 import torch
 from fastcore.basics import patch
@@ -130,7 +131,7 @@ class PruningPlan(Plan):
                    macs='Int64', macs_after='Int64', error='float64', reason='str')
 
     def __post_init__(self): object.__setattr__(self, 'table', _tupled(dict(self.table)))
-    @property
+    @cached_property
     def costs(self) -> Costs:
         "Of the model, as a function of how many units stay"
         return Costs(**self.table)

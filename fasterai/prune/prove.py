@@ -56,7 +56,9 @@ class _Bench:
             else: break
         self.mods = dict(self.model.named_modules())
 
-    def out(self, watched=()):
+    def draws(self): return _differs(self.out()[0], self.out(seed=1)[0])
+
+    def out(self, watched=(), seed=0):
         "All outputs, and those of the layers `watched`: name -> outputs of its calls"
         seen = defaultdict(list)
         with ExitStack() as stack, torch.no_grad(), warnings.catch_warnings():
@@ -65,7 +67,7 @@ class _Bench:
                 h = self.mods[n].register_forward_hook(lambda m, args, y, n=n: seen[n].extend(_numbers(y)))
                 stack.callback(h.remove)
             with _rng_kept(None):
-                torch.manual_seed(0)
+                torch.manual_seed(seed)
                 out = _numbers(self.run(self.model))
         return out, seen
 
@@ -134,6 +136,8 @@ def prove_groups(
     if not todo or run is None or any(p.is_meta for p in model.parameters()): return [*groups]
     with torch.inference_mode(False), torch.no_grad():
         bench = _Bench(model, run)
+        drawn = 'the model draws random numbers in eval mode: nothing can be proved'
+        if bench.draws(): return [replace(g, reason=g.reason or drawn) for g in groups]
         faults = _idle(bench, todo)
         todo = [g for g in todo if g.name not in faults]
         while todo and (why := _fault(bench, todo)):
