@@ -12,7 +12,8 @@ from fasterai.core.store import load_compressed, save_compressed
 from fasterai.prune.cost import Costs, count_macs, measure_costs
 from fasterai.prune.groups import find_groups, slice_units
 from fasterai.prune.plan import GroupPlan, PruningPlan
-from fasterai.prune.pruner import Pruner, small_example
+from fasterai.prune.pruner import Pruner
+from fasterai.prune.example import small_example
 from fasterai.prune.scores import curve, score_units, taylor_values
 from fasterai.prune.widths import Unreachable, allowed, fit_widths
 
