@@ -1336,7 +1336,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai.prune.prove._fault': ('prune/prove.html#_fault', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._idle': ('prune/prove.html#_idle', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._line': ('prune/prove.html#_line', 'fasterai/prune/prove.py'),
-                                      'fasterai.prune.prove._tried': ('prune/prove.html#_tried', 'fasterai/prune/prove.py'),
+                                      'fasterai.prune.prove._trials': ('prune/prove.html#_trials', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove.prove_groups': ('prune/prove.html#prove_groups', 'fasterai/prune/prove.py')},
             'fasterai.prune.pruner': { 'fasterai.prune.pruner.Pruner': ('prune/pruner.html#pruner', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner.Pruner.__init__': ( 'prune/pruner.html#pruner.__init__',

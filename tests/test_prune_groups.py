@@ -1,5 +1,5 @@
 "Channels, neurons and heads that go together: found, sliced and proved"
-import re
+import random, re
 from copy import deepcopy
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -58,7 +58,7 @@ def check_exact(model, x, at_least=1):
     small = slice_units(model, groups, kept)
     with torch.no_grad(): a,b = _numbers(dense(x)),_numbers(small(x))
     for s,t in zip(a, b, strict=True): torch.testing.assert_close(s, t, rtol=1e-9, atol=1e-9)
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert not kept or sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     return groups, small
 
 class Block(nn.Module):
@@ -122,6 +122,41 @@ def test_indices_behind_flatten_and_cat():
     assert by_name(find_groups(model, x))['0'].readers[0].index[2] == tuple(range(32, 48))
     model,x = made('cat')
     assert by_name(find_groups(model, x))['b'].readers[0].index == tuple((8+i,) for i in range(6))
+
+class Random(nn.Module):
+    "Layers drawn one after the other; each takes the last tensor, and some an earlier one too"
+    def __init__(self, seed):
+        super().__init__()
+        draw,self.steps,widths = random.Random(seed),nn.ModuleList(),[3]
+        self.earlier = []
+        for _ in range(draw.randint(4, 10)):
+            c = widths[-1]
+            kind = draw.choice(['conv', 'conv', 'deep', 'grouped', 'bn', 'gn', 'add', 'gate', 'cat', 'glu', 'squeeze', 'turn'])
+            same = [i for i,w in enumerate(widths[:-1]) if w == c]
+            if kind in ('add', 'gate') and not same or kind in ('grouped', 'gn', 'glu') and c % 4: kind = 'conv'
+            m = (conv(c, m := draw.choice([4, 8, 12]), draw.choice([1, 3]), bias=draw.random() < .7) if kind == 'conv'
+                 else conv(c, c*draw.choice([1, 2]), groups=c) if kind == 'deep' else conv(c, 8, groups=2) if kind == 'grouped'
+                 else nn.BatchNorm2d(c) if kind == 'bn' else nn.GroupNorm(c//2, c) if kind == 'gn'
+                 else nn.Sequential(conv(c, 4, 1), nn.ReLU(), conv(4, c, 1)) if kind == 'squeeze' else nn.Identity())
+            self.steps.append(m)
+            self.earlier.append((kind, draw.choice(same) if kind in ('add', 'gate') else draw.randrange(len(widths))))
+            widths.append(c + widths[self.earlier[-1][1]] if kind == 'cat' else c//2 if kind == 'glu'
+                          else getattr(m, 'out_channels', c))
+        self.out = nn.Linear(sum(widths[1:]), 3)
+
+    def forward(self, x):
+        xs = [x]
+        for m,(kind,i) in zip(self.steps, self.earlier):
+            x,y = xs[-1],xs[i]
+            xs.append(x + y if kind == 'add' else x*y.sigmoid() if kind == 'gate' else torch.cat([x, y], 1) if kind == 'cat'
+                      else F.glu(x, 1) if kind == 'glu' else x.roll(1, 1) if kind == 'turn'
+                      else x*m(x.mean((2, 3), True)).sigmoid() if kind == 'squeeze' else F.gelu(m(x)))
+        return self.out(torch.cat([o.mean((2, 3)) for o in xs[1:]], 1))
+
+@pytest.mark.parametrize('seed', range(40))
+def test_random_networks(seed):
+    torch.manual_seed(seed)
+    check_exact(Random(seed), image(), at_least=0)
 
 # What stays, and why
 

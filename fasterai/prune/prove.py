@@ -101,20 +101,21 @@ class _Bench:
         if name in self.mods: return [t for k in ('weight','bias') if (t := getattr(self.mods[name], k, None)) is not None]
         return [self.model.get_parameter(name)]
 
-# %% ../../nbs/prune/prove.ipynb #19a8d717
-def _tried(g):
-    "Units of a group to keep in a trial: some, irregular, each time the same"
+# %% ../../nbs/prune/prove.ipynb #3b7d4c29
+def _trials(g):
+    "Units of a group to keep in three trials: some, irregular, each time the same; all but one; a single one"
     r = random.Random(g.name)
-    return sorted(r.sample(range(g.units), r.randint(max(1, g.units//3), max(1, 2*g.units//3))))
+    n = r.randint(max(1, g.units//3), max(1, 2*g.units//3))
+    return [sorted(r.sample(range(g.units), k)) for k in (n, g.units-1, 1)]
 
 def _fault(bench, groups):
     "What is wrong when some units of all `groups` are gone; None if nothing is"
-    kept = {g.name: _tried(g) for g in groups}
     written = {o.layer for g in groups for o in g.members if o.side != 'in'}
     watched = {o.layer for g in groups for o in g.readers} - written
-    for loud in (False, True):
+    for i in range(3):
+        kept = {g.name: _trials(g)[i] for g in groups}
         with ExitStack() as stack:
-            if loud: stack.enter_context(bench.louder(groups))
+            if i == 1: stack.enter_context(bench.louder(groups))
             with bench.masked(groups, kept): want,inside = bench.out(watched)
             try:
                 with sliced(bench.model, groups, kept): got,within = bench.out(watched)
