@@ -23,4 +23,10 @@ from fasterai.lowrank.search import RankSuggestion, rank_find
 from fasterai.lowrank.svd import spectrum
 from fasterai.misc.bn_folder import BN_Folder
 from fasterai.misc.fc_decomposer import FC_Decomposer
-import fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank     # methods of the Learner
+from fasterai.prune.cost import count_macs
+from fasterai.prune.groups import find_groups
+from fasterai.prune.plan import PruningPlan
+from fasterai.prune.pruner import Pruner
+from fasterai.prune.slicing import slice_units
+from fasterai.prune.training import PruneCallback
+import fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank, fasterai.prune.learner as _prune     # methods of the Learner

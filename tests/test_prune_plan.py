@@ -12,7 +12,8 @@ from fasterai.core.store import load_compressed, save_compressed
 from fasterai.prune.cost import Costs, count_macs, measure_costs
 from fasterai.prune.groups import find_groups, slice_units
 from fasterai.prune.plan import GroupPlan, PruningPlan
-from fasterai.prune.pruner import Pruner, small_example
+from fasterai.prune.pruner import Pruner
+from fasterai.prune.example import small_example
 from fasterai.prune.scores import curve, score_units, taylor_values
 from fasterai.prune.widths import Unreachable, allowed, fit_widths
 
@@ -205,6 +206,13 @@ def test_meta():
     m,x = net(),image()
     plan = plan_of(m, x)
     assert [p.shape for p in plan.skeleton(net().to('meta')).parameters()] == [p.shape for p in plan.apply(m).parameters()]
+
+def test_units_that_are_in_no_order_stay():
+    m,x = net(),image()
+    plan = plan_of(m, x, 1.)
+    short = replace(plan, layers=tuple(replace(o, order=o.order[:4], errors=o.errors[:5]) if o.name == '0' else o for o in plan.layers))
+    a = short.replan(.3)
+    assert len(a.kept['0']) >= 12 and {*plan['0'].order[4:]} <= {*a.kept['0']}
 
 # Scores
 

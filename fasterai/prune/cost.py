@@ -143,6 +143,6 @@ def measure_costs(
 def _extra(model, run, groups, costs):
     "MACs of each head that are not those of its layers"
     for j,g in enumerate(groups):
-        if g.kind != 'heads': continue
+        if g.kind != 'heads' or g.units == 1: continue      # the last one stays
         with sliced(model, groups, {g.name: range(g.units-1)}): less = _count(model, run)
         yield j, costs.at({g.name: g.units-1})[1] - less

@@ -37,7 +37,7 @@ def _left(v, p, dims, what):
     "What stays of `v`, which an optimizer keeps for parameter `p`"
     if not dims or not isinstance(v, torch.Tensor) or v.numel() == 1: return v
     if not _fits(v, p): raise ValueError(
-        f'{what!r} of the optimizer is {tuple(v.shape)} for a parameter of {tuple(p.shape)}: it is not clear what of it belongs to the units '
+        f'{what!r} of the optimizer is {tuple(v.shape)} for a parameter of {tuple(p.shape)}: it is not clear what belongs to the units '
         'that stay. Use an optimizer that keeps one value per weight, such as Adam or SGD.')
     for d,keep in dims.items():
         if v.shape[d] == p.shape[d]: v = _cut(v, d, keep)

@@ -8,6 +8,7 @@ __all__ = ['GroupPlan', 'row_of', 'PruningPlan']
 # %% ../../nbs/prune/plan.ipynb #e77e54c4
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
 import torch
 from fastcore.basics import patch
@@ -53,7 +54,7 @@ class GroupPlan(Row):
     macs_after: int|None = None
     error: float|None = None            # predicted error of what goes, in the unit of the scores; None where nothing is known
     reason: str = ''                    # why all units stay
-    order: tuple[int,...] = ()          # units in the order in which they go
+    order: tuple[int,...] = ()          # units in the order in which they go; those not among them stay
     errors: tuple[float,...]|None = None    # error without the first 0, 1, 2, … of `order`
     can: bool = True                    # False: the group cannot be pruned, for `reason`
     asked: bool = True                  # False: left out by layers= or exclude=
@@ -100,8 +101,8 @@ def row_of(
     model: nn.Module,               # that the group is of
     costs: Costs,                   # of `model`
     *,
-    order: Sequence[int] = (),      # units in the order in which they go
-    errors: Sequence[float] = (),   # see `GroupPlan`
+    order: Sequence[int] = (),      # units in the order in which they go; those not among them stay
+    errors: Sequence[float] = (),   # error without the first 0, 1, 2, … of `order`
     reason: str = '',               # why it is left out, where it could be pruned
 ) -> GroupPlan:                     # all units kept
     "A row about `g` before anything is decided"
@@ -130,7 +131,7 @@ class PruningPlan(Plan):
                    macs='Int64', macs_after='Int64', error='float64', reason='str')
 
     def __post_init__(self): object.__setattr__(self, 'table', _tupled(dict(self.table)))
-    @property
+    @cached_property
     def costs(self) -> Costs:
         "Of the model, as a function of how many units stay"
         return Costs(**self.table)
@@ -189,11 +190,12 @@ def skeleton(self:PruningPlan,
     "The same as `apply`: the structure that `load_state_dict` fills"
     return self.apply(model)
 
-# %% ../../nbs/prune/plan.ipynb #99791373
-def _decided(row, kept, costs):
-    "`row` with the units `kept`"
-    if row.errors is None: return replace(_priced(row, costs), kept=tuple(sorted(kept)))
-    return _priced(replace(row, kept=tuple(sorted(kept)), error=row.errors[row.units - len(kept)]), costs)
+# %% ../../nbs/prune/plan.ipynb #4125db58
+def _decided(row, n, costs, reason=''):
+    "`row` with `n` units, the last ones in its order"
+    gone = row.order[:row.units - n]
+    kept = tuple(sorted({*range(row.units)} - {*gone}))
+    return _priced(replace(row, kept=kept, error=None if row.errors is None else row.errors[len(gone)], reason=reason), costs)
 
 @patch
 def edit(self:PruningPlan,
@@ -208,8 +210,8 @@ def edit(self:PruningPlan,
     def f(o):
         if o.name not in chosen or not o.can: return o
         n = o.units if keep is None else max(1, round(keep*o.units))
-        order = o.order or range(o.units-1, -1, -1)
-        return replace(_decided(o, [*order][o.units-n:], self.costs), reason='all kept by edit' if keep is None else '')
+        o = o if o.order else replace(o, order=tuple(range(o.units-1, 0, -1)))      # left out: the last ones go first
+        return _decided(o, n, self.costs, 'all kept by edit' if keep is None else '')
     return replace(self, layers=tuple(map(f, self.layers)), policy=self.policy if '(edited)' in self.policy else self.policy+' (edited)')
 
 # %% ../../nbs/prune/plan.ipynb #832b01b0
@@ -230,12 +232,14 @@ def replan(self:PruningPlan,
     min_keep = self.min_keep if min_keep is None else min_keep
     check_steps(round_to=round_to, min_keep=min_keep)
     rows = {o.name: o for o in self.layers if o.can and o.asked and o.errors is not None}
-    widths = {n: allowed(o.units, _per(o), round_to=1 if o.kind == 'heads' else round_to, min_keep=min_keep) for n,o in rows.items()}
-    counts = fit_widths(self.costs, {n: o.errors for n,o in rows.items()}, budget, cost=cost, widths=widths)
+    def least(o): return max(min_keep, o.units - len(o.order))
+    widths = {n: allowed(o.units, _per(o), round_to=1 if o.kind == 'heads' else round_to, min_keep=least(o)) for n,o in rows.items()}
+    errors = {n: (*o.errors, *[o.errors[-1]]*(o.units - len(o.order))) for n,o in rows.items()}
+    counts = fit_widths(self.costs, errors, budget, cost=cost, widths=widths)
     def f(o):
         if o.name not in counts: return o
         n = counts[o.name]
         stuck = f'no smaller multiple of {round_to}' if len(widths[o.name]) == 1 < o.units else 'all kept by the budget'
-        return replace(_decided(o, o.order[o.units-n:], self.costs), reason=stuck if n == o.units else '')
+        return _decided(o, n, self.costs, stuck if n == o.units else '')
     policy = f'{budget:g} of the {"MACs" if cost == "macs" else "parameters"}'
     return replace(self, layers=tuple(map(f, self.layers)), policy=policy, cost=cost, round_to=round_to, min_keep=min_keep)

@@ -22,12 +22,13 @@ from fastcore.basics import patch
 from ..core.batches import _short
 from ..core.learner import _Kept, _dense_of, _kept, _running, _swap
 from ..core.modules import count_params
-from .cost import count_macs, measure_costs
+from .cost import count_macs
+from .example import small_example
 from .groups import find_groups
 from .optimizer import carry_over, kept_entries
-from .plan import PruningPlan, _decided, row_of
-from .pruner import Pruner, _fitted, _left_out, small_example
-from .scores import Score, curve, score_units
+from .plan import PruningPlan, _decided
+from .pruner import Pruner, _fitted, _rows
+from .scores import Score
 from .slicing import _drops
 from .units import Group
 from .widths import Cost
@@ -48,7 +49,7 @@ def _span(epochs, n, every, start, end):
     last = min(math.floor(end*total/k + 1e-9), (total-1)//k)*k
     if last < first: raise ValueError(
         f'no step falls between start={start:g} and end={end:g} of this fit: it has {epochs} epochs of {n} batches, and with '
-        f'every={every!r} steps are due every {k} batches. Pass a smaller number of batches, as every={max(1, int((end-start)*total/4))}, or train longer.')
+        f'every={every!r} steps are due every {k} batches. Pass a smaller number, as every={max(1, int((end-start)*total/4))}, or train longer.')
     return first, last, k
 
 # %% ../../nbs/prune/training.ipynb #5924e8c0
@@ -66,7 +67,8 @@ def _check_times(schedule, budget, start, end, every):
 
 class PruneCallback(Callback):
     "Prune step by step while training; units that are gone stay gone"
-    order,run_valid = MixedPrecision.order - 6, False   # a step runs in full precision; `SelfDistillation` after it sees the new model
+    name,run_valid = 'pruning', False       # `learn.prune` stays the method
+    order = MixedPrecision.order - 6        # a step runs in full precision; `SelfDistillation` after it sees the new model
     def __init__(self,
         budget: float = 0.5,                    # share of `cost` that stays at `end`, in (0, 1], of the model before it was pruned
         *,
@@ -128,7 +130,7 @@ def _check_learner(learn):
     "Raise where the model cannot be exchanged while it trains"
     for k in 'distributed_trainer','parallel_trainer':
         if hasattr(learn, k):
-            raise ValueError('PruneCallback cannot exchange a model that is wrapped for several devices: train on one, or prune before the fit.')
+            raise ValueError('PruneCallback cannot exchange a model wrapped for several devices: train on one, or prune before the fit.')
     if any(isinstance(cb, NonNativeMixedPrecision) for cb in learn.cbs):
         raise ValueError('to_non_native_fp16 trains copies of the parameters, which PruneCallback cannot exchange: use learn.to_fp16().')
 
@@ -143,16 +145,11 @@ def _cost(self:PruneCallback):
 
 @patch
 def _whole(self:PruneCallback, score):
-    "The model as it is, with the order in which units go, nothing decided"
-    p,groups,model = self.pruner,self._groups,self.model
-    left,costs = _left_out(model, groups, p.layers, p.exclude),measure_costs(model, self._example, groups)
-    left |= {g.name: 'attention heads stay with heads=False' for g in groups if g.kind == 'heads' and not p.heads}
-    todo = [g for g in groups if g.name not in left]
-    scores = score_units(model, todo, score, self.learn.dls, loss=self.learn.loss_func, seed=len(self.steps))
-    def row(g):
-        order,errors = curve(scores[g.name]) if g.name in scores else ((), ())
-        return row_of(g, model, costs, order=order, errors=errors, reason=left.get(g.name, ''))
-    rows = tuple(map(row, groups))
+    "The model as it is, with the order in which its units go, nothing decided"
+    p,learn = copy(self.pruner),self.learn
+    p.score = score
+    groups = [g if g.kind != 'heads' or p.heads or g.reason else replace(g, reason='attention heads stay with heads=False') for g in self._groups]
+    rows,costs = _rows(p, self.model, self._example, learn.dls, 8, learn.loss_func, groups)
     return PruningPlan(rows, params=costs.params, cost=p.cost, round_to=p.round_to, min_keep=p.min_keep, table=asdict(costs))
 
 @patch
