@@ -98,7 +98,7 @@ def test_the_schedule_is_followed_and_the_budget_met(cost, every, score):
         at = min(1., i//k*k/last)
         assert w <= SchedCos(1., .4)(at) + 1e-9
     assert widths[int(last)] <= .4 and widths[int(last)] > .25
-    assert [o.share for o in cb.steps] == pytest.approx([widths[o.batch] for o in cb.steps]) and cb.steps[-1].budget == .4
+    assert [o.share for o in cb.steps] == pytest.approx([widths[o.batch] for o in cb.steps]) and cb.steps[-1].share <= .4
     assert [o.budget for o in cb.steps] == sorted([o.budget for o in cb.steps], reverse=True)
 
 def test_scores_are_those_of_the_weights_at_the_step():
@@ -141,7 +141,7 @@ def memory(learn):
 def test_state_is_sliced_like_that_of_a_twin(kind):
     twin,learn,before,after = learner(opt_func=OPTS[kind]),learner(opt_func=OPTS[kind]),{},{}
     fit(twin, 2, 1e-3, one_cycle=True, cbs=At(8, lambda l: before.update(memory(l), hypers=deepcopy(l.opt.hypers))))
-    fit(learn, 2, 1e-3, one_cycle=True, cbs=[PruneCallback(.4, cost='params'), At(8, lambda l: after.update(memory(l), hypers=deepcopy(l.opt.hypers)), order=5)])
+    fit(learn, 2, 1e-3, one_cycle=True, cbs=[PruneCallback(.25), At(8, lambda l: after.update(memory(l), hypers=deepcopy(l.opt.hypers)), order=5)])
     kept = learn.plans[0].kept
     assert {*kept} == {'0', '3'} and before.keys() == after.keys() and len(after) > 1
     for k,v in before.items():
@@ -155,7 +155,7 @@ def test_training_goes_on_as_with_a_model_sliced_by_hand(kind):
     learn,snap = learner(opt_func=OPTS[kind], wd=.1),{}
     other = learner(opt_func=OPTS[kind], wd=.1)
     fit(other, 2, 1e-3, cbs=At(8, lambda l: snap.update(w=state(l.model), m=memory(l))))
-    fit(learn, 2, 1e-3, cbs=PruneCallback(.4, cost='params'))
+    fit(learn, 2, 1e-3, cbs=PruneCallback(.25))
     kept = learn.plans[0].kept
     small = cnn(1)
     a,b = len(kept['0']),len(kept['3'])
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_width_is_refused(tmp_path):
     fit(learn, 3, 1e-2, cbs=[PruneCallback(.5), SaveModelCallback(every_epoch=True, with_opt=True)])
     was,opt = state(learn.model),learn.opt
     for k in 0,1:
-        with pytest.raises(ValueError, match=r"model_\d' holds a model of other widths \('0.weight' is .×1×3×3 there and .×1×3×3 here\). Nothing was loaded"):
+        with pytest.raises(ValueError, match=r"model_\d' holds a model of other widths \('\d.weight' is \d×\d×3×3 there and \d×\d×3×3 here\). Nothing was loaded"):
             learn.load(f'model_{k}')
     assert same(was, state(learn.model)) and learn.opt is opt
     learn.load('model_2')
@@ -328,8 +328,8 @@ def test_a_budget_of_all_changes_nothing():
 def test_with_distillation():
     teacher = fit(learner(), 3, 1e-2).model
     learn = learner(deepcopy(teacher))
-    fit(learn, 3, 1e-3, cbs=[SelfDistillation(teacher, features=['5']), PruneCallback(.6)])
-    assert learn.plans[0].macs_after <= .6*learn.plans[0].macs and not learn.model[5]._forward_hooks and not teacher[5]._forward_hooks
+    fit(learn, 3, 1e-3, cbs=[SelfDistillation(teacher, features=['8']), PruneCallback(.6)])
+    assert learn.plans[0].macs_after <= .6*learn.plans[0].macs and not learn.model[8]._forward_hooks and not teacher[8]._forward_hooks
 
 # Afterwards
 

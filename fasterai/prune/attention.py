@@ -71,6 +71,7 @@ def _layers(m):
         if (w := _size(m._modules.get(o))) and w % 3 == 0: return [o]*3, [w//3]*3
     if type(m) is nn.MultiheadAttention and m._qkv_same_embed_dim and m.bias_k is None and not m.add_zero_attn:
         return ['in_proj_weight']*3, [m.embed_dim]*3
+    if type(m) is FewerHeads: return ['in_proj_weight']*3, [len(m.in_proj_weight)//3]*3
 
 # %% ../../nbs/prune/attention.ipynb #41159b75
 def find_heads(
@@ -86,7 +87,7 @@ def find_heads(
         if not dim or wq % dim or wk % dim or wv % (wk//dim) or wq//dim % (wk//dim): continue
         heads,kv = wq//dim,wk//dim
         pre = f'{n}.' if n else ''
-        out = f'{pre}out_proj' if type(m) is nn.MultiheadAttention else ''
+        out = f'{pre}out_proj' if isinstance(m, nn.MultiheadAttention) else ''
         res.append(Heads(n, *(pre+o for o in names), heads, kv, dim, wv//kv, tuple(pre+k for k in _tables(m, heads)), out))
     return res
 

@@ -119,10 +119,10 @@ def _joined(base, step, policy):
     def f(o):
         s = then[o.name]
         if not o.can: return o
-        kept,gone = [o.kept[i] for i in s.kept],o.order[:o.units - len(o.kept)] or sorted({*range(o.units)} - {*o.kept})
-        order = (*gone, *(o.kept[i] for i in s.order)) if s.order else o.order
-        why = '' if len(kept) < o.units else s.reason
-        return _decided(replace(o, order=order, errors=None, error=None, asked=s.asked, reason=why), kept, base.costs)
+        was = {*range(o.units)} - {*o.kept}
+        order = (*(u for u in o.order if u in was), *(o.kept[i] for i in s.order))
+        row = replace(o, order=order if {*order} >= was else (*was, *order), errors=None, asked=s.asked)
+        return _decided(row, len(s.kept), base.costs, '' if was or s.changed else s.reason)
     return replace(base, layers=tuple(map(f, base.layers)), policy=policy, cost=step.cost, round_to=step.round_to, min_keep=step.min_keep)
 
 # %% ../../nbs/prune/training.ipynb #848e36e8
