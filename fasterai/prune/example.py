@@ -8,13 +8,15 @@ __all__ = ['small_example']
 # %% ../../nbs/prune/example.ipynb #976f2483
 import inspect
 import torch
+from fastai.torch_core import TensorBase
 from torch import nn
 from ..core.batches import Batches, _rng_kept, _seed, left_as_found
 from ..core.check import _FAILS
 
 # %% ../../nbs/prune/example.ipynb #0f8a07b1
 def _few(o, n, of):
-    "The first `n` items of all tensors in `o` that hold `of` items"
+    "The first `n` items of all tensors in `o` that hold `of` items; those of fastai as plain tensors, which can be traced"
+    if isinstance(o, TensorBase): o = o.as_subclass(torch.Tensor)
     if isinstance(o, torch.Tensor): return o[:n] if o.ndim and len(o) == of else o
     if isinstance(o, dict): return {k: _few(v, n, of) for k,v in o.items()}
     return type(o)(_few(v, n, of) for v in o) if type(o) in (list, tuple) else o
@@ -33,7 +35,7 @@ def small_example(
         batch = next(iter(b), None)
     if batch is None: raise ValueError('data has no batches.')
     args,kw,_ = b.args(model, batch)
-    named = inspect.signature(model.forward).bind(*args, **kw).arguments
+    named = _few(inspect.signature(model.forward).bind(*args, **kw).arguments, 0, None)
     if any(k not in named for k in kw) or any(isinstance(v, tuple) for v in named.values()): return batch   # *args, **kwargs
     first = next((v for v in named.values() if isinstance(v, torch.Tensor)), None)
     few = _few(named, items, len(first)) if first is not None and first.ndim else named
