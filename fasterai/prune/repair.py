@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['explain', 'repaired', 'norms_after', 'takes_constant']
 
-# %% ../../nbs/prune/repair.ipynb #140147d1
+# %% ../../nbs/prune/repair.ipynb #e4194a8f
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 import torch
@@ -15,8 +16,8 @@ from ..core.check import _differs, _numbers
 from ..core.moments import Moments
 from .slicing import _CONV, _where
 
-# %% ../../nbs/prune/repair.ipynb #7cb29212
-_LEAST,_TRIES = 1e-10,12    # least ridge; predictions until the shrinkage has settled
+# %% ../../nbs/prune/repair.ipynb #2ea86de0
+_LEAST,_EXACT,_TRIES = 1e-10,1e-6,4     # least ridge; share of the variance that counts as none; predictions until the shrinkage has settled
 
 def explain(
     C: torch.Tensor,        # covariance (n, n), or second moments
@@ -33,13 +34,15 @@ def explain(
     A[k,range(len(k))] = 1.
     if not (t > 0 and var > 0 and len(k)): return A
     Ckk,Cgk,left = C[k][:, k],C[gone][:, k],1.
-    for _ in range(_TRIES):
-        lam = max(shrink*left, _LEAST)
+    def predict(lam):
         M = (1-lam)*Ckk
         M.diagonal().add_(lam*t)
         A[gone] = torch.cholesky_solve((1-lam)*Cgk.T, torch.linalg.cholesky(M)).T
-        before,left = left,_unexplained(A[gone], Cgk, lam, t, var, rows)
-        if shrink*before <= _LEAST or left > .7*before: break
+        return _unexplained(A[gone], Cgk, lam, t, var, rows)
+    if predict(_LEAST) < _EXACT or not shrink: return A
+    for _ in range(_TRIES):
+        before,left = left,predict(max(shrink*left, _LEAST))
+        if left > .7*before: break
     return A
 
 def _unexplained(A, Cgk, lam, t, var, rows):
@@ -79,20 +82,22 @@ def repaired(
 _NORMS = nn.modules.batchnorm._BatchNorm
 
 def _directly(model, run):
-    "Layer -> batch norm that takes its output, each called once: names"
-    seen,res,calls = [],{},[]
+    "Layer -> the batch norm that takes its output at every call: names"
+    seen,pairs,calls = deque(maxlen=64),Counter(),Counter()
     with ExitStack() as stack, left_as_found(model), torch.no_grad():
         for n,m in model.named_modules():
             if isinstance(m, _NORMS) and m.running_mean is not None:
                 def takes(m, args, n=n):
-                    calls.append(n)
-                    res.update({k: n for k,y in seen if y is args[0]})
+                    calls[n] += 1
+                    pairs.update((k, n) for k,y in seen if y is args[0])
                 stack.callback(m.register_forward_pre_hook(takes).remove)
             elif isinstance(m, (nn.Linear, _CONV)):
-                stack.callback(m.register_forward_hook(lambda m, args, y, n=n: seen.append((n, y))).remove)
+                def gives(m, args, y, n=n):
+                    calls[n] += 1
+                    seen.append((n, y))
+                stack.callback(m.register_forward_hook(gives).remove)
         run(model)
-    once = [k for k,_ in seen]
-    return {k: n for k,n in res.items() if once.count(k) == 1 and calls.count(n) == 1}
+    return {k: n for (k,n),times in pairs.items() if times == calls[k] == calls[n]}
 
 def norms_after(
     model: nn.Module,       # left unchanged
