@@ -192,14 +192,15 @@ def refit_layers(
     for part in _chunks(names, {n: rows[n]*there[n].out_features for n in names}):
         want = _Drawn([there[n] for n in part], share, sums=sums)
         _run(dense, data, want, n_batches)
-        for n in part: _refit_one(model, data, n_batches, here[n], want.y.pop(n), share, sums, calls[n], norms.get(n), outputs.get(n))
+        for n in part: _refit_one(model, dense, data, n_batches, here[n], want.y.pop(n), share, sums, calls[n], norms.get(n), outputs.get(n))
     return names
 
-def _refit_one(model, data, n_batches, s, want, share, sums, calls, norm, outputs):
+def _refit_one(model, dense, data, n_batches, s, want, share, sums, calls, norm, outputs):
     got = _Drawn([s], share, inputs=[s.name], sums=sums, last=(s.name, calls))
     _run(model, data, got, n_batches)
     y,x = torch.cat(got.y[s.name]),torch.cat(got.x[s.name])
-    t = torch.cat(want)
-    t = (t if outputs is None else t[:, torch.as_tensor(outputs, device=t.device)]).to(y) - y
-    fix = _correction(x, t, s.module.bias is not None or norm is not None)
-    if fix is not None: _correct(s.module, *fix, model.get_submodule(norm) if norm else None)
+    def kept(t): return t if outputs is None else t[..., torch.as_tensor(outputs, device=t.device)]
+    t,here = kept(torch.cat(want)).to(y) - y,model.get_submodule(norm) if norm else None
+    if here is not None: t += (here.running_mean - kept(dense.get_submodule(norm).running_mean)).to(t)      # a constant that the norm has already
+    fix = _correction(x, t, s.module.bias is not None or here is not None)
+    if fix is not None: _correct(s.module, *fix, here)
