@@ -21,4 +21,10 @@ from fasterai.lowrank.refine import refine
 from fasterai.lowrank.search import RankSuggestion, rank_find
 from fasterai.lowrank.svd import spectrum
 from fasterai.misc.fc_decomposer import FC_Decomposer
+from fasterai.prune.cost import count_macs
+from fasterai.prune.groups import find_groups
+from fasterai.prune.plan import PruningPlan
+from fasterai.prune.pruner import Pruner
+from fasterai.prune.slicing import slice_units
 import fasterai.lowrank.learner as _learner     # methods of the Learner
+import fasterai.prune.learner as _pruned

@@ -92,18 +92,21 @@ def find_heads(
 
 def _tables(m, n):
     "Parameters of `m` with one entry per head along their last dimension that is not 1"
-    own = {k: [s for s in p.shape if s > 1] for k,p in m._parameters.items() if p is not None and k not in ('in_proj_weight','in_proj_bias')}
+    own = {k: [s for s in p.shape if s > 1] for k,p in m._parameters.items() if p is not None and not k.startswith('in_proj')}
     return [k for k,s in own.items() if s and s[-1] == n > 1]
 
 # %% ../../nbs/prune/attention.ipynb #e93251ee
 class FewerHeads(nn.MultiheadAttention):
     "`nn.MultiheadAttention` with fewer heads than its width would hold"
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+                is_causal=False):
+        if is_causal and attn_mask is None: raise RuntimeError('is_causal is a hint about attn_mask, which has to be passed too.')
         flat,xs = query.ndim == 2,(query, key, value)
         if flat: xs = [x.unsqueeze(0) for x in xs]
         elif not self.batch_first: xs = [x.transpose(0, 1) for x in xs]
         bs = (None,)*3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q,k,v = (F.linear(x, W, b).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x,W,b in zip(xs, self.in_proj_weight.chunk(3), bs))
+        heads = [F.linear(x, W, b).unflatten(-1, (-1, self.head_dim)) for x,W,b in zip(xs, self.in_proj_weight.chunk(3), bs)]
+        q,k,v = (o.transpose(1, 2) for o in heads)
         mask = self._mask(attn_mask, key_padding_mask, q)
         drop = self.dropout if self.training else 0.
         if need_weights:
@@ -111,14 +114,16 @@ class FewerHeads(nn.MultiheadAttention):
             w = F.dropout((w if mask is None else w + mask).softmax(-1), drop)
             y = w @ v
         else: w,y = None,F.scaled_dot_product_attention(q, k, v, mask, drop)
-        y = F.linear(y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)    # not called, as in the parent class
+        y = F.linear(y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)    # not called, as in the parent
         if w is not None and average_attn_weights: w = w.mean(1)
         if flat: return y[0], w if w is None else w[0]
         return y if self.batch_first else y.transpose(0, 1), w
 
     def _mask(self, attn_mask, padding, like):
         "Both masks as one that is added, (batch or 1, heads or 1, queries, keys)"
-        def added(m): return torch.zeros_like(m, dtype=like.dtype).masked_fill_(m, -torch.inf) if m.dtype == torch.bool else m.to(like.dtype)
+        def added(m):
+            if m.dtype != torch.bool: return m.to(like.dtype)
+            return torch.zeros_like(m, dtype=like.dtype).masked_fill_(m, -torch.inf)
         res = None if attn_mask is None else added(attn_mask)
         if res is not None: res = res if res.ndim == 2 else res.unflatten(0, (len(like), -1))
         if padding is None: return res

@@ -10,9 +10,9 @@ from collections import Counter
 from dataclasses import replace
 import torch
 from torch import nn
-from torch_pruning.ops import OPTYPE
 from ..core.batches import _short, left_as_found
 from ..core.check import _FAILS, first_batch
+from ..core.modules import find_linears
 from ..core.reasons import _away, _computed_reason, _owners
 from ..core.surgery import _span
 from ..core.walk import _is_conv1d
@@ -46,7 +46,8 @@ def _layer_reason(name, m, away, owners):
     for t in m._parameters.values() if _where(m, 'out') else ():
         if t is None: continue
         key,lo,hi = _span(t)
-        if (others := [n for a,b,i,n in owners[key] if i != id(m) and a < hi and lo < b]): return f'{name!r} is tied with {", ".join(others[:3])}'
+        others = [n for a,b,i,n in owners[key] if i != id(m) and a < hi and lo < b]
+        if others: return f'{name!r} is tied with {", ".join(others[:3])}'
 
 # %% ../../nbs/prune/groups.ipynb #5bdb8b88
 def _members(units, mods):
@@ -75,10 +76,11 @@ def _outside(members, mods, model):
 # %% ../../nbs/prune/groups.ipynb #60804f48
 def _reason(g, passed, mods, model, away, owners):
     "Why the units of a group must stay, as far as that is known without running the model; '' if nothing speaks against it"
-    if OPTYPE.OUTPUT in passed: return 'they are an output of the model'
+    if 'output' in passed: return 'they are an output of the model'
+    if 'input' in passed: return 'the input of the model is added to them'
     for o in g.members:
         if (why := _layer_reason(o.layer, _owner(mods, o.layer), away, owners)): return why
-    if passed: return f'they cannot be followed through {", ".join(sorted(t.name.lower() for t in passed))}'
+    if passed: return f'they cannot be followed through {", ".join(sorted(passed))}'
     if (bad := _outside(g.members, mods, model)): return f'what lies before {bad!r} mixes them or arranges them in another way'
     if not g.readers: return 'no linear layer or convolution reads them'
     return 'there is only one' if g.units == 1 else ''
@@ -109,7 +111,8 @@ def _found(model, run, heads, time_limit):
         if n in there or isinstance(_parent(mods, n), nn.MultiheadAttention): continue
         if isinstance(m, nn.RNNBase): res.append(_alone(n, m.hidden_size, 'neurons', _layer_reason(n, m, away, owners)))
         elif isinstance(m, (nn.Linear, _CONV)) or _is_conv1d(m): res.append(_alone(n, _width(m, 'out'), _kind(n, (), (), mods), why))
-    return sorted(res, key=lambda g: order.get(g.members[0].layer, 0))
+    res += [_alone(s.name, s.out_features, 'neurons', s.reason) for s in find_linears(model) if s.name not in mods and s.name not in there]
+    return sorted(res, key=lambda g: order.get(g.members[0].layer, order.get(g.members[0].layer.rpartition('.')[0], 0)))
 
 def _alone(name, n, kind, why): return Group(name, n, (Member(name, 'out', tuple((i,) for i in range(n))),), kind, why)
 def _parent(mods, name): return mods.get(name.rpartition('.')[0]) if name else None
@@ -127,7 +130,8 @@ def find_groups(
     "All groups of channels, neurons and attention heads; those that must stay have a reason"
     if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {_short(model)}.')
     for n,p in model.named_parameters():
-        if p.is_floating_point() and not p.is_meta and not p.isfinite().all(): raise ValueError(f'{n!r} has values that are NaN or infinite.')
+        if p.is_floating_point() and not p.is_meta and not p.isfinite().all():
+            raise ValueError(f'{n!r} has values that are NaN or infinite.')
     run,example = first_batch(model, example)
     if run is None: raise ValueError('example must be a batch of data, or hold one.')
     with left_as_found(model), torch.no_grad(): run(model)      # what does not run says so itself

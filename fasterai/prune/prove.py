@@ -32,9 +32,8 @@ def _disturbed(model, dtype):
             m.running_var.add_(noise(m.running_var).abs(), alpha=.3)
             m.running_mean.add_(noise(m.running_mean), alpha=.1)
     for p in copy.parameters():
-        if not p.is_floating_point(): continue
-        spread = float(p.double().std()) if p.numel() > 1 else 0.
-        p.requires_grad_(False).add_(noise(p), alpha=.1*(spread or 1.) if p.ndim < 2 or spread else .05)
+        p.requires_grad_(False)
+        if p.is_floating_point() and (p.ndim < 2 or p.min() == p.max()): p.add_(noise(p), alpha=.1 if p.ndim < 2 else .05)
     def cast(m, args, kw):
         def f(o):
             if isinstance(o, torch.Tensor): return o.to(dtype) if o.is_floating_point() else o
@@ -78,23 +77,23 @@ class _Bench:
             for g in groups:
                 gone = sorted({*range(g.units)} - {*kept[g.name]})
                 for o in g.readers:
-                    w = self.mods[o.layer].weight
-                    saved.append((w, w.clone()))
-                    w.index_fill_(_where(self.mods[o.layer], 'in')['weight'], torch.tensor(o.of(gone), device=w.device), 0)
+                    m = self.mods[o.layer]
+                    dim,at = _where(m, 'in')['weight'],torch.tensor(o.of(gone), device=m.weight.device)
+                    saved.append((m.weight, dim, at, m.weight.index_select(dim, at)))
+                    m.weight.index_fill_(dim, at, 0)
             yield
         finally:
-            for w,old in reversed(saved): w.copy_(old)
+            for w,dim,at,old in reversed(saved): w.index_copy_(dim, at, old)
 
     @contextmanager
-    def louder(self, groups, by=10.):
-        "What the writers write is larger inside: attention far from uniform shows what small weights hide"
+    def louder(self, groups, by=8.):
+        "What the writers write is larger inside: attention far from uniform shows what small weights hide. A power of 2 is undone exactly"
         ws = {id(t): t for g in groups for o in g.writers for t in self._tensors(o.layer)}.values()
-        saved = [(t, t.clone()) for t in ws]
         try:
             for t in ws: t.mul_(by)
             yield
         finally:
-            for t,old in saved: t.copy_(old)
+            for t in ws: t.div_(by)
 
     def _tensors(self, name):
         if name in self.mods: return [t for k in ('weight','bias') if (t := getattr(self.mods[name], k, None)) is not None]

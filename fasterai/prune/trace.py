@@ -32,7 +32,8 @@ class _Graph(DependencyGraph):
     "The graph of one run of `model`, and `lost`: nodes whose indices it cannot map"
     def __init__(self, model, run, deadline):
         super().__init__()
-        self.deadline,self.model,self.verbose,self.ignored_params,self.lost = deadline,model,False,[],set()
+        self.deadline,self.model,self.verbose,self.ignored_params,self.lost,self.given = deadline,model,False,[],set(),set()
+        model.register_forward_pre_hook(self._inputs, with_kwargs=True)
         self._module2name = {m: n for n,m in model.named_modules()}
         self._param_to_name,self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self.module2node = self._trace(model, None, lambda m,_: self._outputs(run(m)), None)
@@ -40,8 +41,19 @@ class _Graph(DependencyGraph):
         shape_infer.init_shape_information(self)
         for node in self.module2node.values():
             if node.type not in _MAPS: continue
+            if node.type == OPTYPE.CONCAT: node.module.concat_sizes = _parts(node.grad_fn)
             try: _MAPS[node.type](self, node)
             except (*_FAILS, ArithmeticError): self.lost.add(node)
+
+    def _inputs(self, model, args, kwargs):
+        "Inputs with a gradient: otherwise the graph would not show where they are added or concatenated"
+        def f(o):
+            if isinstance(o, torch.Tensor) and o.is_floating_point():
+                o = o.detach().requires_grad_()*1
+                self.given.add(o.grad_fn)
+            if isinstance(o, dict): return {k: f(v) for k,v in o.items()}
+            return type(o)(map(f, o)) if type(o) in (list, tuple) else o
+        return f(args), f(kwargs)
 
     def _outputs(self, out):
         "All tensors in an output, each behind an operation of its own: the graph ends there, not in a layer"
@@ -57,6 +69,18 @@ class _Graph(DependencyGraph):
     def get_in_channels(self, o):
         self.check()
         return super().get_in_channels(o)
+    def note(self, node) -> str:
+        "What a node means for the units that pass it; '' if nothing"
+        if node.type == OPTYPE.OUTPUT: return 'output'
+        if node.grad_fn in self.given: return 'input'
+        return node.type.name.lower() if node in self.lost else ''
+
+def _parts(cat):
+    "Sizes of the tensors that `cat` concatenates, None where this may be along tokens"
+    shapes = [tuple(f._input_metadata[i].shape) for f,i in cat.next_functions if f is not None]
+    ndim,dim = len(shapes[0]),cat._saved_dim
+    dim -= 2**64 if dim >= 2**63 else 0
+    return None if ndim == 3 and dim % ndim == 1 else [s[dim] for s in shapes]
 
 # %% ../../nbs/prune/trace.ipynb #35c8b25a
 def _as_linear(m):
@@ -204,8 +228,8 @@ def flow_of(
 # %% ../../nbs/prune/trace.ipynb #3a886a11
 def units_of(
     flow: Flow,
-) -> list[tuple[list[dict],set]]:   # units that touch the same slots, each as slot -> indices; the operations that they pass
-    "What is connected, sorted by the slots that it touches"
+) -> list[tuple[list[dict],set[str]]]:  # units of one form, each as slot -> indices; notes on what they pass
+    "What is connected, sorted by the slots that it touches and the number of entries there"
     slots = [*flow.seen]
     at = {s: i for i,s in enumerate(slots)}
     wide = 1 + max((i for v in flow.seen.values() for i in v), default=0)
@@ -219,10 +243,10 @@ def units_of(
     for c,o in zip(label.tolist(), atoms.tolist()): parts[c][o//wide].append(o % wide)
     res = defaultdict(list)
     for c,touched in parts.items():
-        names = frozenset(s for s in touched if isinstance(slots[s], tuple))
-        ops = frozenset(s for s in touched if s not in names and (slots[s].type == OPTYPE.OUTPUT or slots[s] in flow.graph.lost))
-        if names: res[names, ops].append({slots[s]: tuple(touched[s]) for s in sorted(names)})
-    return [(units, {slots[s].type for s in ops}) for (_,ops),units in res.items()]
+        names = sorted(s for s in touched if isinstance(slots[s], tuple))
+        notes = frozenset(flow.graph.note(slots[s]) for s in touched if not isinstance(slots[s], tuple)) - {''}
+        if names: res[tuple((s, len(touched[s])) for s in names), notes].append({slots[s]: tuple(touched[s]) for s in names})
+    return [(units, set(notes)) for (_,notes),units in res.items()]
 
 # %% ../../nbs/prune/trace.ipynb #1855277a
 def trace_units(
@@ -230,7 +254,7 @@ def trace_units(
     run,                    # run(model) -> its output on one batch
     heads: list[Heads],
     time_limit: float,      # seconds
-) -> tuple[list[tuple[list[dict],set]],list[Heads]]:    # see `units_of`; the heads whose reader is known
+) -> tuple[list[tuple[list[dict],set[str]]],list[Heads]]:    # see `units_of`; the heads whose reader is known
     "All units of `model`"
     try:
         flow,heads = flow_of(graph_of(model, run, time_limit), heads)
