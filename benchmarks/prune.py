@@ -304,7 +304,7 @@ def _rows(case):
             for name,refit in (('repaired', False), ('repaired and refitted', True)):
                 if refit and s not in ('obs', 'magnitude'): continue
                 t = time.perf_counter()
-                yield row(name, s, compensate(case.model, groups, kept, case.data, inputs=prices['obs'].inputs, refit=refit), used, t)
+                yield row(name, s, compensate(case.model, kept, case.data, groups=groups, inputs=prices['obs'].inputs, refit=refit), used, t)
 
 def _table(case, rows):
     what = dict(accuracy='accuracy', agreement='agreement with dense', cosine='cosine to dense')[case.metric]

@@ -7,6 +7,7 @@ from fasterai.core.inputs import collect_inputs
 from fasterai.prune.compensate import compensate
 from fasterai.prune.groups import find_groups
 from fasterai.prune.prices import SCORES, price_units, reader_inputs
+from fasterai.prune.pruner import Pruner
 from fasterai.prune.refit import _correction, refit_layers
 from fasterai.prune.renorm import move_norms, norm_inputs
 from fasterai.prune.repair import explain, norms_after, repaired
@@ -97,7 +98,7 @@ def test_a_twin_is_repaired_exactly():
     net,x = mlp(n=12),randn(800, 5, seed=3)
     net[0].weight[4],net[0].bias[4] = net[0].weight[9],net[0].bias[9]
     kept = {'0': [i for i in range(12) if i != 4]}
-    assert rel(compensate(net, [pair(12)], kept, x)(x), net(x)) < 1e-6
+    assert rel(compensate(net, kept, x, groups=[pair(12)])(x), net(x)) < 1e-6
     assert rel(slice_units(net, [pair(12)], kept)(x), net(x)) > 1e-2
 
 def test_rank_deficient_inputs_are_repaired_exactly():
@@ -105,17 +106,17 @@ def test_rank_deficient_inputs_are_repaired_exactly():
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(5, 8), nn.Identity(), nn.Linear(8, 3)).double().requires_grad_(False)
     x = randn(500, 5)
-    assert rel(compensate(net, [pair(8)], {'0': [0, 2, 3, 5, 7]}, x)(x), net(x)) < 1e-5
+    assert rel(compensate(net, {'0': [0, 2, 3, 5, 7]}, x, groups=[pair(8)])(x), net(x)) < 1e-5
     p = price_units(net, [pair(8)], x)['0']
     assert p.loss[3] < 1e-2 < p.loss[4]         # three can go, a fourth cannot
-    assert rel(compensate(net, [pair(8)], {'0': p.kept(5)}, x)(x), net(x)) < 1e-5
+    assert rel(compensate(net, {'0': p.kept(5)}, x, groups=[pair(8)])(x), net(x)) < 1e-5
 
 def test_unread_units_cost_nothing():
     net,x = mlp(),randn(300, 5)
     net[2].weight[:, [1, 6]] = 0
     p = price_units(net, [pair(8)], x)['0']
     assert {*p.order[:2]} == {1, 6} and p.loss[2] < 1e-12
-    close(compensate(net, [pair(8)], {'0': p.kept(6)}, x, refit=False)(x), net(x))
+    close(compensate(net, {'0': p.kept(6)}, x, groups=[pair(8)], refit=False)(x), net(x))
 
 # ------------------------------------------------------------------ prices
 
@@ -140,12 +141,12 @@ def test_curve_is_brute_force_over_all_removals():
         rest = {r: brute(net, x, done + [r], H) for r in range(8) if r not in done}
         assert p.order[i-1] == min(rest, key=rest.get)
         np.testing.assert_allclose(p.loss[i], rest[p.order[i-1]], rtol=1e-4)
-    assert (np.diff(p.loss) >= 0).all() and p.loss[0] == 0 and len(p.order) == 7
+    assert (np.diff(p.loss) >= 0).all() and p.loss[0] == 0 and sorted(p.order) == [*range(8)] and len(p.loss) == 9
 
 def test_the_price_is_the_share_of_the_output_that_is_lost():
     net,x = mlp(n=16),randn(5000, 5, seed=5)
     p = price_units(net, [pair(16)], x)['0']
-    small = compensate(net, [pair(16)], {'0': p.kept(6)}, x, refit=False)
+    small = compensate(net, {'0': p.kept(6)}, x, groups=[pair(16)], refit=False)
     y = net(x)
     lost = float((small(x) - y).square().sum()/(y - y.mean(0)).square().sum())
     assert .9*p.loss[10] < lost < 1.1*p.loss[10]
@@ -193,7 +194,7 @@ def test_scores(score):
     assert a.keys() == {g.name for g in gs if not g.reason} and a.score == score
     for n,p in a.items():
         assert p.order == b[n].order and (p.loss == b[n].loss).all() and np.isfinite(p.loss).all() and (np.diff(p.loss) >= 0).all()
-        assert len({*p.order}) == p.group.units - 1 and len(p.loss) == p.group.units
+        assert len({*p.order}) == p.group.units == len(p.loss) - 1
 
 def test_magnitude_wanda_and_taylor_by_loops():
     net,x = mlp(),randn(50, 5)
@@ -202,14 +203,14 @@ def test_magnitude_wanda_and_taylor_by_loops():
             'wanda': [float(net[2].weight[:, i].square().sum()*h[:, i].square().mean()) for i in range(8)]}
     for score,w in want.items():
         p = price_units(net, [pair(8)], x, score=score)['0']
-        assert list(p.order) == np.argsort(w)[:-1].tolist()
-        np.testing.assert_allclose(np.diff(p.loss), np.sort(w)[:-1])
+        assert list(p.order) == np.argsort(w).tolist()
+        np.testing.assert_allclose(np.diff(p.loss), np.sort(w)/(np.mean(w) if score == 'magnitude' else 1), rtol=1e-6)
     v = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double()
     ref = copy.deepcopy(net).requires_grad_()
     (ref(x)*v).sum().backward()
     a,b = ((m.weight*m.weight.grad).square() for m in (ref[0], ref[2]))
     w = (a.sum(1) + b.sum(0)).detach()
-    assert list(price_units(net, [pair(8)], x, score='taylor')['0'].order) == w.argsort()[:-1].tolist()
+    assert list(price_units(net, [pair(8)], x, score='taylor')['0'].order) == w.argsort().tolist()
     assert not any(p.requires_grad or p.grad is not None for p in net.parameters())
 
 def test_bad_arguments():
@@ -217,11 +218,12 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="score must be one of 'obs'"): price_units(net, [pair(8)], x, score='l1')
     with pytest.raises(ValueError, match="score='wanda' looks at activations: pass data="): price_units(net, [pair(8)], score='wanda')
     with pytest.raises(ValueError, match='1 to 8 can stay, got 0'): price_units(net, [pair(8)], score='magnitude')['0'].kept(0)
-    with pytest.raises(ValueError, match='compensate needs data'): compensate(net, [pair(8)], {'0': [0]}, None)
-    with pytest.raises(ValueError, match='at least one'): compensate(net, [pair(8)], {'0': []}, x)
+    with pytest.raises(ValueError, match='compensate needs data'): compensate(net, {'0': [0]}, None, groups=[pair(8)])
+    with pytest.raises(ValueError, match='belong to groups: pass groups='): compensate(net, {'0': [0]}, x)
+    with pytest.raises(ValueError, match='at least one'): compensate(net, {'0': []}, x, groups=[pair(8)])
     net[2].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="'2' is not finite"): price_units(net, [pair(8)], x)
-    with pytest.raises(ValueError, match="the weight of '2' is not finite"): compensate(net, [pair(8)], {'0': [0]}, x)
+    with pytest.raises(ValueError, match="the weight of '2' is not finite"): compensate(net, {'0': [0]}, x, groups=[pair(8)])
 
 # ------------------------------------------------------------------ convolutions and batch norms
 
@@ -252,7 +254,7 @@ def test_a_twin_channel_goes_without_loss(build, refit):
             for t in (m.weight, m.bias, getattr(m, 'running_mean', None), getattr(m, 'running_var', None)):
                 if t is not None: t[5] = t[1]
         kept = {g.name: [i for i in range(g.units) if i != 5]}
-        small = compensate(dense, [g], kept, x, refit=refit)
+        small = compensate(dense, kept, x, groups=[g], refit=refit)
         assert rel(small(x), dense(x)) < 1e-6, g.name
         assert rel(small(smooth(32, seed=9)), dense(smooth(32, seed=9))) < 1e-6, g.name
 
@@ -262,8 +264,8 @@ def test_each_step_brings_a_residual_network_closer():
     assert len(groups) == 2         # the width of the stream, and that inside of the block
     for score in ('magnitude', 'random', 'obs'):
         kept = price_units(net, groups, x, score=score).kept({g.name: 5 for g in groups})
-        err = [rel(m(test), net(test)) for m in (slice_units(net, groups, kept), compensate(net, groups, kept, x, refit=False, renorm=False),
-            compensate(net, groups, kept, x, refit=False), compensate(net, groups, kept, x))]
+        err = [rel(m(test), net(test)) for m in (slice_units(net, groups, kept), compensate(net, kept, x, groups=groups, refit=False, renorm=False),
+            compensate(net, kept, x, groups=groups, refit=False), compensate(net, kept, x, groups=groups))]
         assert err[3] < 1.1*err[2] < 1.2*err[1] < err[0], (score, err)
 
 def test_norms_after():
@@ -275,7 +277,7 @@ def test_moved_norms_match_the_dense_ones():
     net,x = residual(),smooth(128, seed=4)
     groups = [g for g in find_groups(net, x[:2]) if not g.reason]
     kept = {g.name: [0, 2, 3, 5, 6] for g in groups}
-    small = compensate(net, groups, kept, x, refit=False)
+    small = compensate(net, kept, x, groups=groups, refit=False)
     for n in ('n0', 'n1', 'n2', 'n3'):
         out = {}
         for m in (net, small):
@@ -338,7 +340,7 @@ def test_streams_are_corrected_behind_the_sum():
     groups = [g for g in find_groups(net, dict(x=test[:2])) if not g.reason]
     kept = price_units(net, groups, score='magnitude').kept({g.name: 12 for g in groups})
     data = [dict(x=a, attention_mask=b) for a,b in zip(x.split(16), mask.split(16))]
-    once,full = (compensate(net, groups, kept, data, refit=r) for r in (False, True))
+    once,full = (compensate(net, kept, data, groups=groups, refit=r) for r in (False, True))
     assert rel(full(test), net(test)) < rel(once(test), net(test)) < rel(slice_units(net, groups, kept)(test), net(test))
 
 # ------------------------------------------------------------------ contracts
@@ -351,7 +353,7 @@ def test_the_dense_model_is_left_alone(dtype):
     groups = [g for g in find_groups(net, x[:2]) if not g.reason]
     state,flags,rng = copy.deepcopy(net.state_dict()),[p.requires_grad for p in net.parameters()],torch.get_rng_state()
     kept = price_units(net, groups, x).kept({g.name: 4 for g in groups})
-    small = compensate(net, groups, kept, x)
+    small = compensate(net, kept, x, groups=groups)
     assert all(torch.equal(v, state[k]) for k,v in net.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
     assert [p.requires_grad for p in net.parameters()] == flags == [p.requires_grad for p in small.parameters()]
     assert net.training and small.training and not any(m._forward_hooks or m._forward_pre_hooks for n in (net, small) for m in n.modules())
@@ -364,48 +366,48 @@ def test_same_input_same_bits():
     net,x = residual(),smooth(64)
     groups = [g for g in find_groups(net, x[:2]) if not g.reason]
     kept = {g.name: [0, 1, 4, 6] for g in groups}
-    a,b = (compensate(net, groups, kept, list(x.split(16))) for _ in range(2))
+    a,b = (compensate(net, kept, list(x.split(16)), groups=groups) for _ in range(2))
     assert all(torch.equal(u, v) for u,v in zip(a.state_dict().values(), b.state_dict().values()))
 
 def test_units_of_no_group_and_all_units():
     net,x = residual(),smooth(16)
     groups = find_groups(net, x[:2])
-    for kept in ({}, {groups[0].name: range(8)}): assert torch.equal(compensate(net, groups, kept, x)(x), net(x))
+    for kept in ({}, {groups[0].name: range(8)}): assert torch.equal(compensate(net, kept, x, groups=groups)(x), net(x))
 
 @pytest.mark.parametrize('rows', [1, 3])
 def test_few_rows(rows):
     net,x = mlp(n=16),randn(500, 5)
     kept = {'0': list(range(10))}
-    with pytest.warns(UserWarning, match=f"few rows for what '2' reads \\({rows} of 16 features"): small = compensate(net, [pair(16)], kept, x[:rows])
+    with pytest.warns(UserWarning, match=f"few rows for what '2' reads \\({rows} of 16 features"): small = compensate(net, kept, x[:rows], groups=[pair(16)])
     assert small(x).isfinite().all()
     p = price_units(net, [pair(16)], x[:rows])['0']
-    assert np.isfinite(p.loss).all() and len(p.order) == 15
+    assert np.isfinite(p.loss).all() and len(p.order) == 16
 
 @pytest.mark.parametrize('n', [1, 2])
 def test_one_image(n):
     net,x = residual(),smooth(64)
     groups = [g for g in find_groups(net, x[:2]) if not g.reason]
     kept = {g.name: [0, 1, 4, 6] for g in groups}
-    assert compensate(net, groups, kept, x[:n])(x).isfinite().all()
+    assert compensate(net, kept, x[:n], groups=groups)(x).isfinite().all()
 
 def test_rows_that_are_not_finite_are_dropped():
     net,x = mlp(n=12),randn(300, 5)
     bad = x.clone()
     bad[::7] = torch.nan
     kept = {'0': [0, 2, 3, 4, 6, 7, 9]}
-    a,b = compensate(net, [pair(12)], kept, bad),compensate(net, [pair(12)], kept, x[torch.arange(300) % 7 != 0])
+    a,b = compensate(net, kept, bad, groups=[pair(12)]),compensate(net, kept, x[torch.arange(300) % 7 != 0], groups=[pair(12)])
     close(a(x), b(x), 1e-8)
 
 def test_data_in_other_forms():
     net,x = residual(),smooth(48)
     groups = [g for g in find_groups(net, x[:2]) if not g.reason]
     kept,parts = {g.name: [0, 1, 4, 6] for g in groups},list(x.split(16))
-    want = compensate(net, groups, kept, parts)
+    want = compensate(net, kept, parts, groups=groups)
     def runs(m):
         for b in parts: m(b)
     for data in (iter(parts), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=16)):
-        close(compensate(net, groups, kept, data)(x), want(x), 1e-8)
-    assert rel(compensate(net, groups, kept, runs)(x), want(x)) < 1e-6
+        close(compensate(net, kept, data, groups=groups)(x), want(x), 1e-8)
+    assert rel(compensate(net, kept, runs, groups=groups)(x), want(x)) < 1e-6
 
 def test_a_reader_that_data_do_not_reach_is_said():
     class Sometimes(nn.Module):
@@ -419,7 +421,7 @@ def test_a_reader_that_data_do_not_reach_is_said():
     net,ix = Sometimes().double().requires_grad_(False),tuple((i,) for i in range(8))
     g = Group('a', 8, (Member('a', 'out', ix), Member('b', 'in', ix), Member('c', 'in', ix)), 'neurons')
     with pytest.warns(UserWarning, match="1 of 2 readers keep their weights as they are \\('c': not reached by the data"):
-        small = compensate(net, [g], {'a': [0, 1, 2]}, randn(50, 5))
+        small = compensate(net, {'a': [0, 1, 2]}, randn(50, 5), groups=[g])
     assert torch.equal(small.c.weight, net.c.weight[:, :3])
 
 def test_flattened_maps_and_other_layers_that_read():
@@ -432,5 +434,18 @@ def test_flattened_maps_and_other_layers_that_read():
         groups = [g for g in find_groups(net, x[:2]) if not g.reason]
         p = price_units(net, groups, x)
         kept = p.kept({n: 5 for n in p})
-        small,cut = compensate(net, groups, kept, x),slice_units(net, groups, kept)
+        small,cut = compensate(net, kept, x, groups=groups),slice_units(net, groups, kept)
         assert rel(small(x), net(x)) < .7*rel(cut(x), net(x)), type(net[-1])
+
+def test_a_plan_of_any_score_is_repaired():
+    net,x = residual(dtype=torch.float32),smooth(256, dtype=torch.float32)
+    for score in ('magnitude', 'taylor', 'random'):
+        plan = Pruner(.5, score=score).plan(net, list(x.split(64)))
+        small,cut = compensate(net, plan, x),plan.apply(net)
+        assert {n: p.shape for n,p in small.named_parameters()} == {n: p.shape for n,p in cut.named_parameters()}
+        assert rel(small(x), net(x)) < .5*rel(cut(x), net(x))
+        empty = plan.skeleton(copy.deepcopy(net).to('meta')).to_empty(device='cpu').eval()
+        empty.load_state_dict(small.state_dict())
+        close(empty(x), small(x), 1e-6)
+    with pytest.raises(ValueError, match='a plan knows its groups'): compensate(net, plan, x, groups=[])
+    with pytest.raises(ValueError, match='Was the plan made for another model'): compensate(small, plan, x)

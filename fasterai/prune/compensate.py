@@ -12,6 +12,7 @@ from torch import nn
 from ..core.check import first_batch
 from ..core.inputs import Inputs
 from ..core.surgery import _warn_user, copy_with
+from .plan import PruningPlan
 from .prices import reader_inputs
 from .refit import refit_layers
 from .renorm import move_norms, norm_inputs
@@ -52,25 +53,24 @@ def _repair(res, model, stays, inputs, norms):
 # %% ../../nbs/prune/compensate.ipynb #d0c9d1ed
 def compensate(
     model: nn.Module,                   # dense; left unchanged
-    groups: Sequence[Group],            # of `model`, see `find_groups`
-    kept: Mapping[str,Sequence[int]],   # name of a group -> the units that stay; groups that are not named stay whole
+    plan: PruningPlan|Mapping[str,Sequence[int]],   # which units stay; without a plan, name of a group -> units, and `groups`
     data,                               # inputs without labels, see `Batches`; some hundred are enough
     *,
+    groups: Sequence[Group]|None = None,    # where `plan` is a mapping: the groups of `model`, see `find_groups`
     inputs: Inputs|None = None,         # moments of what the readers read, such as `Prices.inputs`; None to collect them
     refit: bool = True,                 # fit layer by layer to the inputs in the copy? takes a pass over `data` per layer
     renorm: bool = True,                # move the statistics of batch norms?
     n_batches: int|None = None,         # at most this many batches; None for all
 ) -> nn.Module:                         # pruned; in the mode of `model`
     "A copy of `model` with only the kept units, in which the other layers make up for those that are gone"
-    kept = check_kept(groups, kept)
+    if data is None: raise ValueError('compensate needs data: a few hundred inputs, without labels. plan.apply(model) cuts without.')
+    groups,kept = _which(model, plan, groups)
     if not kept: return copy_with(model)
-    if data is None: raise ValueError('compensate needs data: a few hundred inputs, without labels. slice_units(model, groups, kept) cuts without.')
     if isinstance(data, Iterator): data = list(data)
-    gone = [g for g in groups if g.name in kept]
-    stays = _stays(gone, kept, _checked(model, dict.fromkeys(o.layer for g in gone for o in g.members)))
+    stays = _stays(groups, kept, _checked(model, dict.fromkeys(o.layer for g in groups for o in g.members)))
     norms = norms_after(model, first_batch(model, data)[0] or data)
-    if inputs is None: inputs = reader_inputs(model, gone, data, n_batches=n_batches)
-    _say(gone, inputs)
+    if inputs is None: inputs = reader_inputs(model, groups, data, n_batches=n_batches)
+    _say(groups, inputs)
     with torch.inference_mode(False), torch.no_grad():
         res = slice_units(model, groups, kept)
         _repair(res, model, stays, inputs, norms)
@@ -79,6 +79,15 @@ def compensate(
         if renorm and (was := norm_inputs(model, data, n_batches=n_batches)):
             move_norms(res, model, data, was, stays=channels, n_batches=n_batches)
     return res
+
+def _which(model, plan, groups):
+    "The groups that are cut, and the units of each that stay"
+    if not isinstance(plan, Mapping):
+        if groups is not None: raise ValueError('a plan knows its groups: pass it without groups=.')
+        return plan.groups(model), plan.kept
+    if groups is None: raise ValueError('units without a plan belong to groups: pass groups=find_groups(model, example).')
+    kept = check_kept(groups, plan)
+    return [g for g in groups if g.name in kept], kept
 
 def _say(groups, inputs):
     "Warn of readers that cannot be repaired, or not well"

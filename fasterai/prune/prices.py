@@ -5,20 +5,18 @@
 # %% auto #0
 __all__ = ['SCORES', 'Price', 'Prices', 'reader_inputs', 'price_units']
 
-# %% ../../nbs/prune/prices.ipynb #bb6d97c9
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+# %% ../../nbs/prune/prices.ipynb #a0f6ed65
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 import numpy as np, pandas as pd, torch
-from fastcore.basics import patch
 from torch import nn
-from ..core.batches import run_batches
 from ..core.check import first_batch
-from ..core.collect import NotDifferentiable, _outputs
+from ..core.collect import NotDifferentiable
 from ..core.inputs import Inputs, collect_inputs
 from ..core.surgery import _warn_user
 from .repair import norms_after, takes_constant
+from .scores import curve, score_units, summed
 from .slicing import _where
 from .units import Group, Member
 
@@ -27,7 +25,7 @@ from .units import Group, Member
 class Price:
     "The order in which the units of a group go, and what is lost on the way"
     group: Group
-    order: tuple[int,...]           # units, the first one to go first; at least one unit is not among them
+    order: tuple[int,...]           # all units, the first one to go first
     loss: np.ndarray = field(repr=False)   # after so many units have gone, from 0: the squared error of the output as a share, or a sum of scores
 
     def kept(self,
@@ -35,8 +33,7 @@ class Price:
     ) -> tuple[int,...]:
         "The units that stay"
         if not 1 <= n <= self.group.units: raise ValueError(f'{self.group.name!r} has {self.group.units} units: 1 to {self.group.units} can stay, got {n}.')
-        if self.group.units - n > len(self.order): raise ValueError(f'of {self.group.name!r}, at least {self.group.units-len(self.order)} units stay.')
-        return tuple(sorted({*range(self.group.units)} - {*self.order[:self.group.units-n]}))
+        return tuple(sorted(self.order[self.group.units-n:]))
 
 class Prices(Mapping):
     "Name of a group -> `Price`"
@@ -101,10 +98,9 @@ def _without(R, P, gone, keep):
 def _order(parts, units):
     "Order and cumulative loss for readers (R, P), whose columns are those of unit 0, then of unit 1 …"
     ids,order,loss = torch.arange(units),[],[0.]
-    while len(ids) > 1:
-        a = len(ids)
+    while (a := len(ids)):
         each = sum(_unit_losses(R, P, a) for R,P in parts).cpu()
-        j = each.sort(stable=True).indices[:min(max(1, a//_STEPS), a-1)]
+        j = each.sort(stable=True).indices[:max(1, a//_STEPS)]
         stays = torch.ones(a, dtype=torch.bool)
         stays[j] = False
         total,parts = 0.,list(parts)
@@ -118,58 +114,28 @@ def _order(parts, units):
         ids = ids[stays]
     return tuple(order), np.array(loss)
 
-# %% ../../nbs/prune/prices.ipynb #22b66a1a
-def _by_unit(t, index):
-    "Sums of the entries of `t` that belong to each unit"
-    ix = torch.tensor([i for u in index for i in u], device=t.device)
-    return t[ix].split([len(u) for u in index])
-
-def _summed(model, groups, value, sides=('out', 'in')):
-    "Sum over members of `value(name, layer)`, squares shaped like the weight: name of a group -> (units,)"
-    mods,res = dict(model.named_modules()),{}
-    for g in groups:
-        res[g.name] = torch.zeros(g.units, dtype=torch.float64)
-        for o in g.members:
-            if o.side not in sides or o.layer not in mods or (v := value(o, mods[o.layer])) is None: continue
-            v = v.double().movedim(_where(mods[o.layer], o.side)['weight'], 0).flatten(1).sum(1)
-            res[g.name] += torch.stack([c.sum() for c in _by_unit(v, o.index)]).cpu()
-    return res
-
-def _squared_gradients(model, groups, data, n_batches, seed):
-    "Sums over batches of the squared gradients of the weights in `groups`, for random cotangents"
-    mods = dict(model.named_modules())
-    names = [*dict.fromkeys(o.layer for g in groups for o in g.members if o.side != 'both' and o.layer in mods)]
-    ws,rng = [mods[n].weight for n in names],torch.Generator().manual_seed(seed)
-    sums,flags = [torch.zeros_like(w, dtype=torch.float64) for w in ws],[w.requires_grad for w in ws]
-    try:
-        for w in ws: w.requires_grad_()
-        for z,_ in run_batches(model, data, n_batches=n_batches, grad=True):
-            zs = [o for o in _outputs(z) if o.requires_grad]
-            if not zs: raise NotDifferentiable('autograd cannot follow its output back to a layer')
-            vs = [torch.randn(o.shape, generator=rng).to(o) for o in zs]
-            for s,g in zip(sums, torch.autograd.grad(zs, ws, vs, allow_unused=True)):
-                if g is not None: s += g.double().square()
-    finally:
-        for w,f in zip(ws, flags): w.requires_grad_(f)
-    return dict(zip(names, sums))
-
-# %% ../../nbs/prune/prices.ipynb #d51fbe3c
-def _scores(model, groups, data, score, inputs, n_batches, seed):
+# %% ../../nbs/prune/prices.ipynb #04447f3e
+def _wanda(model, groups, inputs):
     "Name of a group -> score of each unit"
-    rng = torch.Generator().manual_seed(seed)
-    if score == 'random': return {g.name: torch.rand(g.units, generator=rng, dtype=torch.float64) for g in groups}
-    if score == 'magnitude': return _summed(model, groups, lambda o, m: m.weight.detach().double().square())
-    if score == 'taylor':
-        grads = _squared_gradients(model, groups, data, n_batches, seed)
-        return _summed(model, groups, lambda o, m: m.weight.detach().double().square()*grads[o.layer])
-    def seen(o, m):
-        if o.layer not in inputs: return None
-        i = inputs[o.layer]
+    values = {}
+    for n in dict.fromkeys(o.layer for g in groups for o in g.readers):
+        if n not in inputs: continue
+        m = model.get_submodule(n)
         dim = _where(m, 'in')['weight']
-        return m.weight.detach().double().square()*(i.var + i.mean.square()).to(m.weight.device).view([-1 if d == dim else 1 for d in range(m.weight.ndim)])
-    return _summed(model, groups, seen, ('in',))
+        square = (inputs[n].var + inputs[n].mean.square()).to(m.weight.device)
+        values[f'{n}.weight'.lstrip('.')] = m.weight.detach().double().square()*square.view([-1 if d == dim else 1 for d in range(m.weight.ndim)])
+    read = [replace(g, members=g.readers) for g in groups]
+    return {g.name: summed(model, g, values) for g in read}
 
-# %% ../../nbs/prune/prices.ipynb #d55d7ba0
+def _by_score(model, groups, score, data, inputs, n_batches, seed):
+    "Prices whose losses are sums of scores"
+    found = _wanda(model, groups, inputs) if score == 'wanda' else score_units(model, groups, score, data, n_batches=n_batches, seed=seed)
+    def price(g):
+        order,loss = curve(found[g.name])
+        return Price(g, tuple(order), np.array(loss))
+    return {g.name: price(g) for g in groups}
+
+# %% ../../nbs/prune/prices.ipynb #d6f76f38
 def reader_inputs(
     model: nn.Module,           # left unchanged
     groups: Iterable[Group],
@@ -191,7 +157,7 @@ def reader_inputs(
         _warn_user(f'the sensitivity of the output cannot be measured ({e}): all outputs of a layer count the same.')
         return collect_inputs(model, data, **how)
 
-# %% ../../nbs/prune/prices.ipynb #bfc4e0ec
+# %% ../../nbs/prune/prices.ipynb #6645d298
 SCORES = 'obs','magnitude','taylor','wanda','random'
 
 def price_units(
@@ -209,18 +175,12 @@ def price_units(
     groups = [g for g in groups if not g.reason]
     if score in ('obs','taylor','wanda') and data is None and inputs is None:
         raise ValueError(f"score={score!r} looks at activations: pass data=, or score='magnitude'.")
-    if isinstance(data, itertools.chain) or hasattr(data, '__next__'): data = list(data)
+    if isinstance(data, Iterator): data = list(data)
     _check_finite(model, groups)
     if score in ('obs','wanda') and inputs is None: inputs = reader_inputs(model, groups, data, sensitivity=score == 'obs', n_batches=n_batches, seed=seed)
-    if score != 'obs':
-        found = _scores(model, groups, data, score, inputs, n_batches, seed)
-        return Prices({g.name: _price(g, found[g.name]) for g in groups}, score, inputs=inputs)
+    if score != 'obs': return Prices(_by_score(model, groups, score, data, inputs, n_batches, seed), score, inputs=inputs)
     run = None if data is None else first_batch(model, data)[0] or data
     return Prices(_obs(model, groups, inputs, {} if run is None else norms_after(model, run)), score, inputs=inputs)
-
-def _price(g, scores):
-    at = scores.sort(stable=True)
-    return Price(g, tuple(at.indices[:-1].tolist()), np.concatenate([[0.], at.values[:-1].cumsum(0).numpy()]))
 
 def _check_finite(model, groups):
     mods = dict(model.named_modules())
@@ -228,7 +188,7 @@ def _check_finite(model, groups):
         p = mods[n].weight if n in mods and getattr(mods[n], 'weight', None) is not None else None
         if p is not None and not p.is_meta and not p.isfinite().all(): raise ValueError(f'the weight of {n!r} is not finite: nothing can be priced.')
 
-# %% ../../nbs/prune/prices.ipynb #685f66d8
+# %% ../../nbs/prune/prices.ipynb #36ae3fbb
 def _obs(model, groups, inputs, norms):
     mods,Ps,res = dict(model.named_modules()),{},{}
     for g in groups:
@@ -240,7 +200,6 @@ def _obs(model, groups, inputs, norms):
             ix = torch.tensor([i for u in o.index for i in u], device=Ps[o.layer].device)
             R = _root(m, _where(m, 'in')['weight'], inputs.sens.get(o.layer)).to(ix.device)
             parts.append((R[:, ix], Ps[o.layer][ix][:, ix]))
-        unseen = not parts      # no reader was reached: the weights have to do
-        if unseen: res[g.name] = _price(g, _summed(model, [g], lambda o, m: m.weight.detach().double().square())[g.name]*0)
-        else: res[g.name] = Price(g, *_order(parts, g.units))
+        order,loss = _order(parts, g.units) if parts else (tuple(range(g.units)), np.zeros(g.units+1))     # no reader was reached
+        res[g.name] = Price(g, order, loss)
     return res
