@@ -1412,6 +1412,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai.prune.refit._input_rows': ('prune/refit.html#_input_rows', 'fasterai/prune/refit.py'),
                                       'fasterai.prune.refit._refit_one': ('prune/refit.html#_refit_one', 'fasterai/prune/refit.py'),
                                       'fasterai.prune.refit._run': ('prune/refit.html#_run', 'fasterai/prune/refit.py'),
+                                      'fasterai.prune.refit._scale': ('prune/refit.html#_scale', 'fasterai/prune/refit.py'),
+                                      'fasterai.prune.refit._sites': ('prune/refit.html#_sites', 'fasterai/prune/refit.py'),
                                       'fasterai.prune.refit._sums': ('prune/refit.html#_sums', 'fasterai/prune/refit.py'),
                                       'fasterai.prune.refit.refit_layers': ('prune/refit.html#refit_layers', 'fasterai/prune/refit.py')},
             'fasterai.prune.renorm': { 'fasterai.prune.renorm._Channels': ('prune/renorm.html#_channels', 'fasterai/prune/renorm.py'),

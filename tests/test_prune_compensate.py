@@ -9,7 +9,7 @@ from fasterai.prune.groups import find_groups
 from fasterai.prune.prices import SCORES, price_units, reader_inputs
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.refit import _correction, refit_layers
-from fasterai.prune.renorm import move_norms, norm_inputs
+from fasterai.prune.renorm import move_norms
 from fasterai.prune.repair import explain, norms_after, repaired
 from fasterai.prune.slicing import slice_units
 from fasterai.prune.units import Group, Member
@@ -291,7 +291,7 @@ def test_moved_norms_match_the_dense_ones():
 def test_a_dense_network_keeps_its_norms():
     net,x = residual(),smooth(64, seed=11)*3 + 1       # data unlike those it was trained on
     same = copy.deepcopy(net)
-    move_norms(same, net, x, norm_inputs(net, list(x.split(20))), n_batches=None)
+    move_norms(same, net, list(x.split(20)))
     close(same(x), net(x), 1e-8)
 
 # ------------------------------------------------------------------ refit

@@ -15,7 +15,7 @@ from ..core.surgery import _warn_user, copy_with
 from .plan import PruningPlan
 from .prices import reader_inputs
 from .refit import refit_layers
-from .renorm import move_norms, norm_inputs
+from .renorm import move_norms
 from .repair import norms_after, repaired, takes_constant
 from .slicing import _drops, _where, _width, slice_units
 from .units import Group, Member, check_kept
@@ -26,12 +26,13 @@ def _checked(model, names):
     mods = dict(model.named_modules())
     for n in names:
         for k,p in (mods[n].named_parameters(recurse=False) if n in mods else ()):
-            if not p.isfinite().all(): raise ValueError(f'the {k} of {n!r} is not finite: it cannot be compensated. Load finite weights first.')
+            if not p.isfinite().all(): raise ValueError(f'the {k} of {n!r} is not finite. Load finite weights first.')
     return mods
 
 def _stays(groups, kept, mods):
     "(layer, side) -> entries that stay, where some go"
-    return {(n, side): [i for i in range(_width(mods[n], side)) if i not in drop] for (n,side),drop in _drops(groups, kept).items() if n in mods}
+    drops = {k: v for k,v in _drops(groups, kept).items() if k[0] in mods}
+    return {k: [i for i in range(_width(mods[k[0]], k[1])) if i not in drop] for k,drop in drops.items()}
 
 def _repair(res, model, stays, inputs, norms):
     "Give the readers in the pruned `res` the weights that make up for what `model` had"
@@ -75,9 +76,8 @@ def compensate(
         res = slice_units(model, groups, kept)
         _repair(res, model, stays, inputs, norms)
         channels = {n: k for (n,side),k in stays.items() if side != 'in'}
-        if refit: refit_layers(res, model, data, norms, outputs=channels, n_batches=n_batches)
-        if renorm and (was := norm_inputs(model, data, n_batches=n_batches)):
-            move_norms(res, model, data, was, stays=channels, n_batches=n_batches)
+        done = refit_layers(res, model, data, norms, outputs=channels, n_batches=n_batches) if refit else []
+        if renorm: move_norms(res, model, data, stays=channels, fixed=[norms[n] for n in done if n in norms], n_batches=n_batches)
     return res
 
 def _which(model, plan, groups):

@@ -26,13 +26,14 @@ class Price:
     "The order in which the units of a group go, and what is lost on the way"
     group: Group
     order: tuple[int,...]           # all units, the first one to go first
-    loss: np.ndarray = field(repr=False)   # after so many units have gone, from 0: the squared error of the output as a share, or a sum of scores
+    loss: np.ndarray = field(repr=False)    # without the first 0, 1, 2, … of them: error² of the output as a share, or a sum of scores
 
     def kept(self,
         n: int,     # how many units stay
     ) -> tuple[int,...]:
         "The units that stay"
-        if not 1 <= n <= self.group.units: raise ValueError(f'{self.group.name!r} has {self.group.units} units: 1 to {self.group.units} can stay, got {n}.')
+        of = self.group.units
+        if not 1 <= n <= of: raise ValueError(f'{self.group.name!r} has {of} units: 1 to {of} can stay, got {n}.')
         return tuple(sorted(self.order[self.group.units-n:]))
 
 class Prices(Mapping):
@@ -123,7 +124,8 @@ def _wanda(model, groups, inputs):
         m = model.get_submodule(n)
         dim = _where(m, 'in')['weight']
         square = (inputs[n].var + inputs[n].mean.square()).to(m.weight.device)
-        values[f'{n}.weight'.lstrip('.')] = m.weight.detach().double().square()*square.view([-1 if d == dim else 1 for d in range(m.weight.ndim)])
+        shape = [-1 if d == dim else 1 for d in range(m.weight.ndim)]
+        values[f'{n}.weight'.lstrip('.')] = m.weight.detach().double().square()*square.view(shape)
     read = [replace(g, members=g.readers) for g in groups]
     return {g.name: summed(model, g, values) for g in read}
 
@@ -177,16 +179,18 @@ def price_units(
         raise ValueError(f"score={score!r} looks at activations: pass data=, or score='magnitude'.")
     if isinstance(data, Iterator): data = list(data)
     _check_finite(model, groups)
-    if score in ('obs','wanda') and inputs is None: inputs = reader_inputs(model, groups, data, sensitivity=score == 'obs', n_batches=n_batches, seed=seed)
+    if score in ('obs','wanda') and inputs is None:
+        inputs = reader_inputs(model, groups, data, sensitivity=score == 'obs', n_batches=n_batches, seed=seed)
     if score != 'obs': return Prices(_by_score(model, groups, score, data, inputs, n_batches, seed), score, inputs=inputs)
     run = None if data is None else first_batch(model, data)[0] or data
     return Prices(_obs(model, groups, inputs, {} if run is None else norms_after(model, run)), score, inputs=inputs)
 
 def _check_finite(model, groups):
     mods = dict(model.named_modules())
-    for n in dict.fromkeys(o.layer for g in groups for o in g.members):
-        p = mods[n].weight if n in mods and getattr(mods[n], 'weight', None) is not None else None
-        if p is not None and not p.is_meta and not p.isfinite().all(): raise ValueError(f'the weight of {n!r} is not finite: nothing can be priced.')
+    for n in dict.fromkeys(o.layer for g in groups for o in g.members if o.layer in mods):
+        p = mods[n]._parameters.get('weight')
+        if p is not None and not p.is_meta and not p.isfinite().all():
+            raise ValueError(f'the weight of {n!r} is not finite: nothing can be priced. Load finite weights first.')
 
 # %% ../../nbs/prune/prices.ipynb #36ae3fbb
 def _obs(model, groups, inputs, norms):
@@ -197,9 +201,10 @@ def _obs(model, groups, inputs, norms):
             if o.layer not in inputs: continue
             m = mods[o.layer]
             if o.layer not in Ps: Ps[o.layer] = _precision(inputs[o.layer], takes_constant(m, o.layer, norms))
-            ix = torch.tensor([i for u in o.index for i in u], device=Ps[o.layer].device)
-            R = _root(m, _where(m, 'in')['weight'], inputs.sens.get(o.layer)).to(ix.device)
-            parts.append((R[:, ix], Ps[o.layer][ix][:, ix]))
+            P = Ps[o.layer]
+            ix = torch.tensor([i for u in o.index for i in u], device=P.device)
+            R = _root(m, _where(m, 'in')['weight'], inputs.sens.get(o.layer)).to(P.device)
+            parts.append((R[:, ix], P[ix][:, ix]))
         order,loss = _order(parts, g.units) if parts else (tuple(range(g.units)), np.zeros(g.units+1))     # no reader was reached
         res[g.name] = Price(g, order, loss)
     return res

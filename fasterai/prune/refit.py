@@ -21,6 +21,7 @@ from ..core.hooks import _hooked
 from ..core.modules import _double, find_linears
 from ..core.moments import _Blocks
 from ..core.sums import _pooled
+from .renorm import _Channels, _of_all_ranks, moved
 from .slicing import _where
 
 # %% ../../nbs/prune/refit.ipynb #9815e57d
@@ -68,7 +69,7 @@ class _Drawn(_Collector):
 
     def added(self, args, out):
         for s,y,at in self.open:
-            if not any(y is a for a in args) or not isinstance(out, torch.Tensor) or out.shape != y.shape or s.name in self.added_to and self.sums is None: continue
+            if not any(y is a for a in args) or not isinstance(out, torch.Tensor) or out.shape != y.shape: continue
             self.added_to.add(s.name)
             if self.sums is None or s.name not in self.sums: continue
             if self.share: self.y[s.name][-1] = _features_last(s, out).reshape(-1, s.out_features)[at].clone()
@@ -179,8 +180,7 @@ def refit_layers(
     n_batches: int|None = None, # at most this many; None for all
 ) -> list[str]:                 # names of the layers that were refitted
     "Solve the layers of `model` again, each for what those before it have become"
-    def sites(net): return {s.name: s for s in find_linears(net) + find_convs(net) if not s.reason and getattr(s, 'groups', 1) == 1 and not getattr(s, 'transposed', False)}
-    there,here,outputs = sites(dense),sites(model),outputs or {}
+    there,here,outputs = _sites(dense),_sites(model),outputs or {}
     look = _Drawn([*there.values()], {})
     _run(dense, data, look, n_batches)
     calls = look.batch_calls
@@ -192,15 +192,30 @@ def refit_layers(
     for part in _chunks(names, {n: rows[n]*there[n].out_features for n in names}):
         want = _Drawn([there[n] for n in part], share, sums=sums)
         _run(dense, data, want, n_batches)
-        for n in part: _refit_one(model, dense, data, n_batches, here[n], want.y.pop(n), share, sums, calls[n], norms.get(n), outputs.get(n))
+        for n in part:
+            got = _Drawn([here[n]], share, inputs=[n], sums=sums, last=(n, calls[n]))
+            _run(model, data, got, n_batches)
+            _refit_one(here[n].module, model, dense, *(torch.cat(o.pop(n)) for o in (got.x, got.y, want.y)), norms.get(n), outputs.get(n))
     return names
 
-def _refit_one(model, dense, data, n_batches, s, want, share, sums, calls, norm, outputs):
-    got = _Drawn([s], share, inputs=[s.name], sums=sums, last=(s.name, calls))
-    _run(model, data, got, n_batches)
-    y,x = torch.cat(got.y[s.name]),torch.cat(got.x[s.name])
+def _sites(net):
+    sites = find_linears(net) + find_convs(net)
+    return {s.name: s for s in sites if not s.reason and getattr(s, 'groups', 1) == 1 and not getattr(s, 'transposed', False)}
+
+def _refit_one(m, model, dense, x, y, want, norm, outputs):
+    "Correct layer `m`, from its inputs, what comes of its outputs, and what should"
     def kept(t): return t if outputs is None else t[..., torch.as_tensor(outputs, device=t.device)]
-    t,here = kept(torch.cat(want)).to(y) - y,model.get_submodule(norm) if norm else None
-    if here is not None: t += (here.running_mean - kept(dense.get_submodule(norm).running_mean)).to(t)      # a constant that the norm has already
-    fix = _correction(x, t, s.module.bias is not None or here is not None)
-    if fix is not None: _correct(s.module, *fix, here)
+    want,here = kept(want).to(y),model.get_submodule(norm) if norm else None
+    t = want - y
+    if here is not None: t += (here.running_mean - kept(dense.get_submodule(norm).running_mean)).to(t)  # a constant that it has already
+    fix = _correction(x, t, m.bias is not None or here is not None)
+    if fix is not None: _correct(m, *fix, here)
+    if here is not None: _scale(here, dense.get_submodule(norm), y if fix is None else y + x @ fix[0].T.to(x), want, outputs)
+
+def _scale(norm, dense, y, want, outputs):
+    "Statistics of the norm behind, from the outputs that there are and those that there should be"
+    was,now = _Channels(),_Channels()
+    was.add(want)
+    now.add(y)
+    was,now = (_of_all_ranks({0: o})[0] for o in (was, now))
+    norm.running_mean,norm.running_var = (v.to(norm.running_mean) for v in moved(dense, was, now, outputs, small=True))

@@ -6,7 +6,7 @@
 __all__ = ['norm_inputs', 'moved', 'move_norms']
 
 # %% ../../nbs/prune/renorm.ipynb #356a17b9
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 import torch
 from torch import nn
@@ -19,17 +19,15 @@ from .repair import _NORMS
 # %% ../../nbs/prune/renorm.ipynb #8dd11ea0
 class _Channels:
     "Running count, mean and sum of squared deviations of channels"
-    def __init__(self): self.n,self.mean,self.dev = 0,0.,0.
+    def __init__(self, n=0, mean=0., dev=0.): self.n,self.mean,self.dev,self.past = n,mean,dev,[]     # past: after each batch here
     def add(self, x):   # (batch, channels, …)
         x = x.detach().as_subclass(torch.Tensor)
-        var,mean = torch.var_mean(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, [0, *range(2, x.ndim)], correction=0)
-        n = x.numel()//x.shape[1] if x.shape[1] else 0
-        if n and not (mean.isfinite() & var.isfinite()).all():      # rows that are not finite are left out
-            rows = x.movedim(1, -1).reshape(-1, x.shape[1])
-            rows = rows[_fine(rows)].float() if _fine(rows) is not None else rows.float()
-            n = len(rows)
-            if n: var,mean = torch.var_mean(rows, 0, correction=0)
-        if n: self.join(n, _double(mean), _double(var)*n)
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1]) if x.ndim > 2 else x
+        if (fine := _fine(rows)) is not None: rows = rows[fine]     # what is not finite is left out
+        if len(rows):
+            var,mean = torch.var_mean(rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows, 0, correction=0)
+            self.join(len(rows), _double(mean), _double(var)*len(rows))
+        self.past.append(_Channels(self.n, self.mean, self.dev))
     def join(self, n, mean, dev):
         "Count further sums"
         if not n: return
@@ -52,7 +50,8 @@ def norm_inputs(
     with ExitStack() as stack:
         for n,m in _running(model).items():
             def takes(m, args, n=n):
-                (acc := sums.setdefault(n, _Channels())).add(args[0])
+                acc = sums.setdefault(n, _Channels())
+                acc.add(args[0])
                 if set is not None and acc.n: set(n, m, acc)
             stack.callback(m.register_forward_pre_hook(takes).remove)
         for _ in run_batches(model, data, n_batches=n_batches): pass
@@ -62,6 +61,7 @@ def _of_all_ranks(sums):
     res = {}
     for part in gathered({n: (o.n, *(t.cpu() if torch.is_tensor(t) else t for t in (o.mean, o.dev))) for n,o in sums.items()}):
         for n,o in part.items(): res.setdefault(n, _Channels()).join(*o)
+    for n,o in sums.items(): res[n].past = o.past
     return {n: o for n,o in res.items() if o.n}
 
 # %% ../../nbs/prune/renorm.ipynb #eef18acb
@@ -72,11 +72,14 @@ def moved(
     was: _Channels,             # what goes into it
     now: _Channels,             # what goes into its counterpart
     stay: Sequence[int]|None = None,    # channels of `dense` that the counterpart has; None for all
+    *,
+    small: bool = False,        # are `was` and `now` of these channels only?
 ) -> tuple[torch.Tensor,torch.Tensor]:  # running mean and running variance of the counterpart, float64
     "Statistics with which the outputs have the mean and the variance that those of `dense` have"
     rm,rv = _double(dense.running_mean).cpu(),_double(dense.running_var).cpu()
     mean,var = was.mean.cpu(),was.var.cpu()
-    if stay is not None: rm,rv,mean,var = (t[torch.as_tensor(stay)] for t in (rm, rv, mean, var))
+    if stay is not None: rm,rv = rm[torch.as_tensor(stay)],rv[torch.as_tensor(stay)]
+    if stay is not None and not small: mean,var = mean[torch.as_tensor(stay)],var[torch.as_tensor(stay)]
     known = var > 1e-12*(rv + mean.square() + dense.eps)
     ratio = torch.where(known, now.var.cpu()/var.clamp(min=1e-300), 1.).clamp(1/_FARTHEST, _FARTHEST)
     new = ((rv + dense.eps)*ratio - dense.eps).clamp(min=0)
@@ -85,16 +88,19 @@ def moved(
 def move_norms(
     model: nn.Module,                   # pruned; its batch norms are changed
     dense: nn.Module,                   # what it was made from
-    data,                               # see `Batches`
-    was: Mapping[str,_Channels],        # `norm_inputs` of `dense`
+    data,                               # see `Batches`; gone through twice
     *,
     stays: Mapping[str,Sequence[int]]|None = None,  # name of a norm -> channels that were kept, where it lost some
+    fixed: Iterable[str] = (),          # names of norms that keep their statistics
     n_batches: int|None = None,         # at most this many; None for all
 ):
     "Give the batch norms of `model` statistics with which they do what those of `dense` do on `data`"
-    old,stays = dict(dense.named_modules()),stays or {}
-    def set(n, m, acc):
-        if n not in was: return
-        m.running_mean,m.running_var = (t.to(m.running_mean) for t in moved(old[n], was[n], acc, stays.get(n)))
-    mods = dict(model.named_modules())
-    for n,acc in norm_inputs(model, data, n_batches=n_batches, set=set).items(): set(n, mods[n], acc)
+    old,mods,stays = _running(dense),_running(model),stays or {}
+    todo = old.keys() & mods.keys() - {*fixed}
+    if not todo: return
+    was = norm_inputs(dense, data, n_batches=n_batches)
+    def give(n, m, was, now): m.running_mean,m.running_var = (t.to(m.running_mean) for t in moved(old[n], was, now, stays.get(n)))
+    def set(n, m, acc):     # both networks after the same batches
+        if n in todo and n in was and (at := len(acc.past)) <= len(was[n].past): give(n, m, was[n].past[at-1], acc)
+    for n,acc in norm_inputs(model, data, n_batches=n_batches, set=set).items():
+        if n in todo and n in was: give(n, mods[n], was[n], acc)

@@ -16,8 +16,9 @@ from ..core.check import _differs, _numbers
 from ..core.moments import Moments
 from .slicing import _CONV, _where
 
-# %% ../../nbs/prune/repair.ipynb #2ea86de0
-_LEAST,_EXACT,_TRIES = 1e-10,1e-6,4     # least ridge; share of the variance that counts as none; predictions until the shrinkage has settled
+# %% ../../nbs/prune/repair.ipynb #be81dfab
+_LEAST,_EXACT = 1e-10,1e-6      # ridge; share of the variance that counts as none
+_TRIES = 4                      # predictions until the shrinkage has settled
 
 def explain(
     C: torch.Tensor,        # covariance (n, n), or second moments
