@@ -15,7 +15,7 @@ from ..core.check import first_batch
 from ..core.collect import NotDifferentiable
 from ..core.inputs import Inputs, collect_inputs
 from ..core.surgery import _warn_user
-from .repair import norms_after, takes_constant
+from .repair import factored, norms_after, takes_constant
 from .scores import curve, score_units, summed
 from .slicing import _where
 from .units import Group, Member
@@ -91,7 +91,7 @@ def _unit_losses(R, P, a):
 
 def _without(R, P, gone, keep):
     "What is lost without the inputs `gone`, and R and P of the others"
-    S,Rg = torch.linalg.cholesky(P[gone][:, gone]),R[:, gone]
+    S,Rg = factored(P[gone][:, gone]),R[:, gone]
     K = torch.cholesky_solve(P[gone][:, keep], S)
     lost = (Rg*torch.cholesky_solve(Rg.T, S).T).sum()
     return float(lost), R[:, keep] - Rg @ K, P[keep][:, keep] - P[keep][:, gone] @ K

@@ -22,6 +22,7 @@ from ..core.modules import _double, find_linears
 from ..core.moments import _Blocks
 from ..core.sums import _pooled
 from .renorm import _Channels, _of_all_ranks, moved
+from .repair import factored
 from .slicing import _where
 
 # %% ../../nbs/prune/refit.ipynb #9815e57d
@@ -109,7 +110,7 @@ _WIDEST = 4608          # features; wider layers keep their weights
 _ROOM = 2**26           # numbers of the dense network that are kept at a time
 
 def _sums(x, t):
-    "Rows, mean and second moments of both together, of all processes"
+    "Rows, mean and covariance of both together, of all processes"
     rows = torch.cat([x, t], 1)
     acc = _Blocks((rows.shape[1],))
     acc.add(rows if (fine := _fine(rows)) is None else rows[fine])
@@ -117,22 +118,27 @@ def _sums(x, t):
     if world()[1] > 1: acc = _pooled({0: acc}, rows.device)[0]
     if not acc.n: return None
     mom = acc.result('features')
-    return mom.rows, mom.mean, mom.second()[0]
+    return mom.rows, mom.mean, mom.blocks[0]
 
 def _fit(sums, n, ridge, centred):
     "D (m, n) and constant d (m,) with x Dᵀ + d ≈ t"
-    _,mean,S = sums
-    if centred: S = S - torch.outer(mean, mean)
-    M = S[:n, :n].clone()
+    _,mean,C = sums
+    if not centred: C = C + torch.outer(mean, mean)
+    M = C[:n, :n].clone()
     M.diagonal().add_(ridge*M.diagonal().mean().clamp(min=1e-300))
-    D = torch.cholesky_solve(S[:n, n:], torch.linalg.cholesky(M)).T
+    D = torch.cholesky_solve(C[:n, n:], factored(M)).T
     return D, mean[n:] - D @ mean[:n] if centred else torch.zeros_like(mean[n:])
 
 def _error(sums, n, D, d):
     "E ‖t - Dx - d‖² on these rows"
-    _,mean,S = sums
-    e = mean[n:] - D @ mean[:n]
-    return float(S.diagonal()[n:].sum() - 2*(D*S[n:, :n]).sum() + ((D @ S[:n, :n])*D).sum() - 2*(d @ e) + d @ d)
+    _,mean,C = sums
+    return float(C.diagonal()[n:].sum() - 2*(D*C[n:, :n]).sum() + ((D @ C[:n, :n])*D).sum() + (mean[n:] - D @ mean[:n] - d).square().sum())
+
+def _both(a, b):
+    "Of the rows of both together"
+    (N,u,C),(M,v,E) = a,b
+    p = N/(N + M)
+    return N + M, p*u + (1-p)*v, p*C + (1-p)*E + p*(1-p)*torch.outer(u-v, u-v)
 
 def _correction(x, t, centred):
     "What to add to weight and bias so that `t` is made from `x` as well; None where nothing helps on rows that were not fitted"
@@ -146,8 +152,7 @@ def _correction(x, t, centred):
         if least is not None and err >= least: break
         best,least = ridge,err
     if best is None: return None
-    (a,*A),(b,*B) = parts
-    D,d = _fit((a+b, *((a*u + b*v)/(a+b) for u,v in zip(A, B))), n, best, centred)
+    D,d = _fit(_both(*parts), n, best, centred)
     return D, d if centred else None
 
 def _correct(m, D, const, norm):
