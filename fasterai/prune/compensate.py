@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 from ..core.check import first_batch
+from ..core.distributed import gathered
 from ..core.inputs import Inputs
 from ..core.surgery import _warn_user, copy_with
 from .plan import PruningPlan
@@ -70,6 +71,7 @@ def compensate(
     if isinstance(data, Iterator): data = list(data)
     stays = _stays(groups, kept, _checked(model, dict.fromkeys(o.layer for g in groups for o in g.members)))
     norms = norms_after(model, first_batch(model, data)[0] or data)
+    norms = {k: n for k,n in norms.items() if all(o.get(k) == n for o in gathered(norms))}
     if inputs is None: inputs = reader_inputs(model, groups, data, n_batches=n_batches)
     _say(groups, inputs)
     with torch.inference_mode(False), torch.no_grad():

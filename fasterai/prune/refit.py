@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.batches import Batches, _rng_kept, _seed, left_as_found
 from ..core.collect import _Collector, _fine
 from ..core.convs import ConvSite, _features_last, conv_patches, find_convs
-from ..core.distributed import world
+from ..core.distributed import gathered, world
 from ..core.hooks import _hooked
 from ..core.modules import _double, find_linears
 from ..core.moments import _Blocks
@@ -189,9 +189,11 @@ def refit_layers(
     look = _Drawn([*there.values()], {})
     _run(dense, data, look, n_batches)
     calls = look.batch_calls
-    sums = {n for n in look.added_to if n not in norms and n in here}
+    everywhere = set.intersection(*map(set, gathered([*look.order])))       # a layer that one process does not reach stays as it is
+    sums = set.intersection(*map(set, gathered(sorted(look.added_to & here.keys() - norms.keys()))))
     wide = {n: here[n].module.weight[:1].numel() if isinstance(here[n], ConvSite) else here[n].in_features for n in here}
-    names = [n for n in look.order if n in here and (n in norms or n in sums) and wide[n] <= _WIDEST]
+    names = [n for n in there if n in everywhere and n in here and (n in norms or n in sums) and wide[n] <= _WIDEST]
+    names = gathered(sorted(names, key=[*look.order].index))[0]     # in the order of the first process
     rows = {n: min(look.count[n], max(_ROWS, _PER*wide[n])) for n in names}
     share = {n: rows[n]/look.count[n] for n in names}
     for part in _chunks(names, {n: rows[n]*there[n].out_features for n in names}):
