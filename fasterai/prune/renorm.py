@@ -22,11 +22,13 @@ class _Channels:
     def __init__(self, n=0, mean=0., dev=0.): self.n,self.mean,self.dev,self.past = n,mean,dev,[]     # past: after each batch here
     def add(self, x):   # (batch, channels, …)
         x = x.detach().as_subclass(torch.Tensor)
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1]) if x.ndim > 2 else x
-        if (fine := _fine(rows)) is not None: rows = rows[fine]     # what is not finite is left out
-        if len(rows):
-            var,mean = torch.var_mean(rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows, 0, correction=0)
-            self.join(len(rows), _double(mean), _double(var)*len(rows))
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        n,(var,mean) = x.numel()//max(1, x.shape[1]),torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        if n and not (mean.isfinite() & var.isfinite()).all():      # without the rows that are not finite
+            rows = x.movedim(1, -1).reshape(-1, x.shape[1])
+            rows = rows[_fine(rows)]
+            n,(var,mean) = len(rows),torch.var_mean(rows, 0, correction=0)
+        self.join(n, _double(mean), _double(var)*n)
         self.past.append(_Channels(self.n, self.mean, self.dev))
     def join(self, n, mean, dev):
         "Count further sums"
