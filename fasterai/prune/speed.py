@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 from ..core.batches import left_as_found
+from ..core.distributed import gathered
 from ..core.latency import _latencies
 from .plan import PruningPlan
 from .widths import Unreachable
@@ -26,7 +27,7 @@ def time_both(
 ) -> tuple[float,float]:        # milliseconds of `model` and of `small`, medians
     "Times of two models on the same batch, measured in turn"
     with left_as_found(model), left_as_found(small), torch.no_grad():
-        return tuple(_latencies([partial(run, model), partial(run, small)], seconds))
+        return tuple(gathered(_latencies([partial(run, model), partial(run, small)], seconds))[0])     # one process's, so that all agree
 
 def fit_latency(
     whole: PruningPlan,         # of all scores, nothing decided

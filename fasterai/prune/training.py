@@ -24,7 +24,7 @@ from .plan import PruningPlan
 from .pruner import Pruner
 from .scores import Score
 from .slicing import _drops, _where, parameter_dim
-from .widths import Cost
+from .widths import Cost, check_budget
 
 # %% ../../nbs/prune/training.ipynb #bfee0abd
 def _cuts(model, plan):
@@ -78,10 +78,12 @@ class PruneCallback(Callback):
         min_keep: int = 1,                      # units of a group that stay at least
     ):
         for k,v in dict(start=start, end=end).items():
-            if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= 1: raise ValueError(f'{k} must be in [0, 1], got {_short(v)}.')
+            if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= 1:
+                raise ValueError(f'{k} must be in [0, 1], got {_short(v)}.')
         if start > end: raise ValueError(f'start={start:g} comes after end={end:g}: pass a smaller start.')
         self.kw = dict(cost=cost, score=score, heads=heads, layers=layers, exclude=exclude, round_to=round_to, min_keep=min_keep)
         Pruner(budget, **self.kw)       # raises for wrong arguments
+        check_budget(budget, cost)      # time is not measured in a fit
         self.budget,self.schedule,self.start,self.end = budget,schedule(1., budget),start,end
 
     def before_fit(self):
