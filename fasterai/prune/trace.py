@@ -42,7 +42,8 @@ class _Graph(DependencyGraph):
         for node in self.module2node.values():
             if node.type not in _MAPS: continue
             if node.type == OPTYPE.CONCAT: node.module.concat_sizes = _parts(node.grad_fn)
-            try: _MAPS[node.type](self, node)
+            try:
+                if not (node.type == OPTYPE.SPLIT and _map_split(node)): _MAPS[node.type](self, node)
             except (*_FAILS, ArithmeticError): self.lost.add(node)
 
     def _inputs(self, model, args, kwargs):
@@ -75,12 +76,31 @@ class _Graph(DependencyGraph):
         if node.grad_fn in self.given: return 'input'
         return node.type.name.lower() if node in self.lost else ''
 
+def _dim(f, ndim):
+    "Dimension that a function of autograd works along"
+    return (f._saved_dim - 2**64 if f._saved_dim >= 2**63 else f._saved_dim) % ndim
+
+def _map_split(node):
+    "Map indices through `split` and `chunk` along channels, whatever the order in which the parts are used; False where it is not that"
+    f = node.grad_fn
+    shape = tuple(getattr(f, '_saved_self_sym_sizes', ()))
+    if not shape or (d := _dim(f, len(shape))) != (1 if len(shape) != 3 else 2): return False
+    size = getattr(f, '_saved_split_size', None)
+    sizes = [size]*-(-shape[d]//size) if size else [*f._saved_split_sizes]
+    at = [0, *np.cumsum(sizes).tolist()]
+    for out in {id(o): o for o in node.outputs}.values():
+        used = [i for g,i in out.grad_fn.next_functions if g is f]
+        for deps,back in ((node.dependencies, False), (out.dependencies, True)):
+            for dep,i in zip([o for o in deps if o.target is (node if back else out)], used):
+                dep.index_mapping[0] = index_mapping._SplitIndexMapping(offset=at[i:i+2], reverse=back)
+    return True
+
 def _parts(cat):
     "Sizes of the tensors that `cat` concatenates, None where this may be along tokens"
     shapes = [tuple(f._input_metadata[i].shape) for f,i in cat.next_functions if f is not None]
-    ndim,dim = len(shapes[0]),cat._saved_dim
-    dim -= 2**64 if dim >= 2**63 else 0
-    return None if ndim == 3 and dim % ndim == 1 else [s[dim] for s in shapes]
+    ndim = len(shapes[0])
+    dim = _dim(cat, ndim)
+    return None if ndim == 3 and dim == 1 else [s[dim] for s in shapes]
 
 # %% ../../nbs/prune/trace.ipynb #35c8b25a
 def _as_linear(m):
