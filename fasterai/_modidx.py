@@ -1400,6 +1400,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai.prune.trace._blocks': ('prune/trace.html#_blocks', 'fasterai/prune/trace.py'),
                                       'fasterai.prune.trace._dim': ('prune/trace.html#_dim', 'fasterai/prune/trace.py'),
                                       'fasterai.prune.trace._entries': ('prune/trace.html#_entries', 'fasterai/prune/trace.py'),
+                                      'fasterai.prune.trace._map_shuffle': ('prune/trace.html#_map_shuffle', 'fasterai/prune/trace.py'),
                                       'fasterai.prune.trace._map_split': ('prune/trace.html#_map_split', 'fasterai/prune/trace.py'),
                                       'fasterai.prune.trace._name': ('prune/trace.html#_name', 'fasterai/prune/trace.py'),
                                       'fasterai.prune.trace._parts': ('prune/trace.html#_parts', 'fasterai/prune/trace.py'),

@@ -40,6 +40,7 @@ class _Graph(DependencyGraph):
         self._build_dependency(self.module2node)
         shape_infer.init_shape_information(self)
         for node in self.module2node.values():
+            if hasattr(node.grad_fn, '_saved_upscale_factor') and node.type == OPTYPE.ELEMENTWISE: _map_shuffle(node)
             if node.type not in _MAPS: continue
             if node.type == OPTYPE.CONCAT: node.module.concat_sizes = _parts(node.grad_fn)
             try:
@@ -94,6 +95,14 @@ def _map_split(node):
             for dep,i in zip([o for o in deps if o.target is (node if back else out)], used):
                 dep.index_mapping[0] = index_mapping._SplitIndexMapping(offset=at[i:i+2], reverse=back)
     return True
+
+def _map_shuffle(node):
+    "Map indices through `PixelShuffle`: r² channels in a row become one"
+    def mapped(back): return index_mapping._FlattenIndexMapping(stride=node.grad_fn._saved_upscale_factor**2, reverse=not back)
+    for other in node.inputs:
+        for a,b,back in ((other, node, False), (node, other, True)):
+            for dep in a.dependencies:
+                if dep.target is b: dep.index_mapping[1] = mapped(back)
 
 def _parts(cat):
     "Sizes of the tensors that `cat` concatenates, None where this may be along tokens"
