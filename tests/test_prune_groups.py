@@ -391,6 +391,11 @@ def test_meta():
     small = slice_units(m, groups, {'0': [0, 1]})
     assert small[0].weight.is_meta and small[0].weight.shape == (2, 8) and small[2].weight.shape == (3, 2)
 
+def test_images_of_fastai():
+    from fastai.torch_core import TensorImage
+    m = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True), conv(8, 4))
+    assert [g.name for g in ready(find_groups(m, TensorImage(image())))] == ['0']
+
 def test_half_precision_and_frozen():
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         m = mlp(8, 12, 3).to(dtype).requires_grad_(False)

@@ -206,3 +206,21 @@ def test_wrong_arguments_of_the_callback():
     for kw,text in ((dict(start=.9, end=.5), 'comes after end'), (dict(end=2), r'end must be in \[0, 1\]'), (dict(budget=5), r'budget must be in \(0, 1\]'),
                     (dict(score='l1'), 'score must be')):
         with pytest.raises(ValueError, match=text): PruneCallback(**kw)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['vision', 'unet'])
+def test_models_of_fastai(kind):
+    from fastai.vision.all import CrossEntropyLossFlat, TensorCategory, TensorImage, TensorMask, resnet18, unet_learner, vision_learner
+    xs,unet = torch.randn(8, 3, 64, 64),kind == 'unet'
+    ys = torch.randint(0, 3, (8, 64, 64) if unet else (8,))
+    items = [(TensorImage(x), (TensorMask if unet else TensorCategory)(y)) for x,y in zip(xs, ys)]
+    dls = DataLoaders.from_dsets(items, items, bs=4, device='cpu')
+    make,loss = (unet_learner, CrossEntropyLossFlat(axis=1)) if unet else (vision_learner, CrossEntropyLossFlat())
+    learn = make(dls, resnet18, pretrained=False, n_out=3, loss_func=loss, normalize=False)
+    learn.prune(.5)
+    plan = learn.plans[0]
+    assert plan.macs_after <= .5*plan.macs and sum(o.can for o in plan.layers) == (28 if unet else 13)
+    quiet(learn)
+    assert live(learn)
+    learn.unfreeze()
+    quiet(learn)

@@ -15,7 +15,9 @@ from ..core.check import _FAILS
 # %% ../../nbs/prune/example.ipynb #0f8a07b1
 def _few(o, n, of):
     "The first `n` items of all tensors in `o` that hold `of` items"
-    if isinstance(o, torch.Tensor): return o[:n] if o.ndim and len(o) == of else o
+    if isinstance(o, torch.Tensor):
+        o = o.as_subclass(torch.Tensor)
+        return o[:n] if o.ndim and len(o) == of else o
     if isinstance(o, dict): return {k: _few(v, n, of) for k,v in o.items()}
     return type(o)(_few(v, n, of) for v in o) if type(o) in (list, tuple) else o
 

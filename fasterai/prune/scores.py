@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from ..core.batches import run_batches
 from ..core.check import _numbers
+from ..core.distributed import summed, world
 from .slicing import _where, parameter_dim
 from .units import Group
 
@@ -60,7 +61,7 @@ def taylor_values(
     flags,g,res = [p.requires_grad for p in ps.values()],torch.Generator().manual_seed(0),{}
     try:
         for p in ps.values(): p.requires_grad_(True)
-        for out,targets in run_batches(model, data, n_batches=n_batches, grad=True):
+        for out,targets in run_batches(model, data, n_batches=n_batches, grad=True, place=world()):
             grads = torch.autograd.grad(_scalar(out, targets, loss, g), [*ps.values()], allow_unused=True)
             for n,d in zip(ps, grads):
                 if d is not None: res[n] = res.get(n, 0) + (ps[n].detach()*d).square()
@@ -88,7 +89,7 @@ def score_units(
     if score == 'taylor':
         if data is None: raise ValueError("score='taylor' looks at gradients: pass data=, or score='magnitude'.")
         values = taylor_values(model, data, n_batches=n_batches, loss=loss)
-        return {g.name: per_unit(model, g, values) for g in todo}
+        return {g.name: summed(per_unit(model, g, values)) for g in todo}     # over ranks
     values = _squares(model)
     sizes = {g.name: per_unit(model, g, values) for g in todo}
     return {n: s/s.mean().clamp_min(torch.finfo(s.dtype).tiny) for n,s in sizes.items()}

@@ -51,7 +51,7 @@ class _Graph(DependencyGraph):
         "Inputs with a gradient: otherwise the graph would not show where they are added or concatenated"
         def f(o):
             if isinstance(o, torch.Tensor) and o.is_floating_point():
-                o = o.detach().requires_grad_()*1
+                o = o.detach().as_subclass(torch.Tensor).requires_grad_()*1      # a subclass would put aliases into the graph
                 self.given.add(o.grad_fn)
             if isinstance(o, dict): return {k: f(v) for k,v in o.items()}
             return type(o)(map(f, o)) if type(o) in (list, tuple) else o
