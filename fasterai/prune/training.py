@@ -13,6 +13,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedCos
 from fastai.optimizer import OptimWrapper
+from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _short
 from ..core.learner import _kept
@@ -101,7 +102,8 @@ class PruneCallback(Callback):
         self.learn.prune(share, **self.kw)
         hand_over(old, self.learn.model, _kept(self.learn).plans[-1], opt, self.learn.opt)
 
-    def _cost(self):
-        "Cost of the model as it is now"
-        if self.kw['cost'] == 'params': return count_params(self.learn.model)
-        return count_macs(self.learn.model, small_example(self.learn.model, self.learn.dls))
+@patch
+def _cost(self:PruneCallback):
+    "Cost of the model as it is now"
+    if self.kw['cost'] == 'params': return count_params(self.learn.model)
+    return count_macs(self.learn.model, small_example(self.learn.model, self.learn.dls))
