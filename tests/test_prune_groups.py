@@ -90,6 +90,7 @@ NETS = {
     'two_heads': lambda: (Net(lambda s,x: dict(a=s.a(h := F.relu(s.i(x))), rest=(s.b(h), [s.c(h)])),
                               i=nn.Linear(8, 12), a=nn.Linear(12, 3), b=nn.Linear(12, 2), c=nn.Linear(12, 12)), rows()),
     'lookup':    lambda: (nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 9), nn.Linear(9, 3)), torch.randint(0, 20, (2, 5))),
+    'shuffle':   lambda: (nn.Sequential(conv(3, 16), nn.PixelShuffle(2), nn.ReLU(), conv(4, 2)), image()),
     'glu':       lambda: (Net(lambda s,x: s.b((c := s.a(x).chunk(2, -1))[0]*c[1].sigmoid()), a=nn.Linear(8, 12), b=nn.Linear(6, 2)),
                   torch.randn(2, 5, 8)),
     'scale':     lambda: (Net(lambda s,x: s.o(s.i(x)*s.gamma), i=conv(3, 8), o=conv(8, 4)), image()),
@@ -202,7 +203,7 @@ STAYS = {
     'roll':      (lambda: Net(lambda s,x: s.b(s.a(x).roll(1, 1)), a=conv(3, 8), b=conv(8, 4)), image, 'a', 'computes something else'),
     'permuted':  (lambda: Net(lambda s,x: s.b(s.a(x)[:, [*range(1, 12), 0]]), a=nn.Linear(8, 12), b=nn.Linear(12, 2)), rows, 'a', ''),
     'softmax':   (lambda: nn.Sequential(nn.Linear(8, 12), nn.Softmax(-1), nn.Linear(12, 3)), rows, '0', 'computes something else'),
-    'shuffle':   (lambda: nn.Sequential(conv(3, 16), nn.PixelShuffle(2), conv(4, 2)), image, '0', "what lies before '2'"),
+    'unshuffle': (lambda: nn.Sequential(conv(3, 4), nn.PixelUnshuffle(2), conv(16, 2)), image, '0', ''),
     'weight_norm': (parametrized, rows, '0', 'parametrized; torch.nn.utils.parametrize.remove_parametrizations'),
     'lora':      (lora, rows, '0', 'holds more than weight and bias'),
     'lstm':      (lambda: Net(lambda s,x: s.b(s.l(s.a(x))[0]), a=nn.Linear(8, 12), l=nn.LSTM(12, 6), b=nn.Linear(6, 2)),
@@ -389,6 +390,11 @@ def test_meta():
     groups = find_groups(m, rows().to('meta'))
     small = slice_units(m, groups, {'0': [0, 1]})
     assert small[0].weight.is_meta and small[0].weight.shape == (2, 8) and small[2].weight.shape == (3, 2)
+
+def test_images_of_fastai():
+    from fastai.torch_core import TensorImage
+    m = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True), conv(8, 4))
+    assert [g.name for g in ready(find_groups(m, TensorImage(image())))] == ['0']
 
 def test_half_precision_and_frozen():
     for dtype in (torch.bfloat16, torch.float16, torch.float64):

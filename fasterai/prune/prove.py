@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 import torch
+from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _rng_kept
 from ..core.check import _FAILS, _differs, _numbers, first_batch
@@ -71,35 +72,39 @@ class _Bench:
                 out = _numbers(self.run(self.model))
         return out, seen
 
-    @contextmanager
-    def masked(self, groups, kept):
-        "The columns that read dropped units are zero inside"
-        saved = []
-        try:
-            for g in groups:
-                gone = sorted({*range(g.units)} - {*kept[g.name]})
-                for o in g.readers:
-                    m = self.mods[o.layer]
-                    dim,at = _where(m, 'in')['weight'],torch.tensor(o.of(gone), device=m.weight.device)
-                    saved.append((m.weight, dim, at, m.weight.index_select(dim, at)))
-                    m.weight.index_fill_(dim, at, 0)
-            yield
-        finally:
-            for w,dim,at,old in reversed(saved): w.index_copy_(dim, at, old)
+# %% ../../nbs/prune/prove.ipynb #da0378a8
+@patch
+@contextmanager
+def masked(self:_Bench, groups, kept):
+    "The columns that read dropped units are zero inside"
+    saved = []
+    try:
+        for g in groups:
+            gone = sorted({*range(g.units)} - {*kept[g.name]})
+            for o in g.readers:
+                m = self.mods[o.layer]
+                dim,at = _where(m, 'in')['weight'],torch.tensor(o.of(gone), device=m.weight.device)
+                saved.append((m.weight, dim, at, m.weight.index_select(dim, at)))
+                m.weight.index_fill_(dim, at, 0)
+        yield
+    finally:
+        for w,dim,at,old in reversed(saved): w.index_copy_(dim, at, old)
 
-    @contextmanager
-    def louder(self, groups, by=8.):
-        "What the writers write is larger inside: attention far from uniform shows what small weights hide. A power of 2 is undone exactly"
-        ws = {id(t): t for g in groups for o in g.writers for t in self._tensors(o.layer)}.values()
-        try:
-            for t in ws: t.mul_(by)
-            yield
-        finally:
-            for t in ws: t.div_(by)
+@patch
+@contextmanager
+def louder(self:_Bench, groups, by=8.):
+    "What the writers write is larger inside: attention far from uniform shows what small weights hide. A power of 2 is undone exactly"
+    ws = {id(t): t for g in groups for o in g.writers for t in self._tensors(o.layer)}.values()
+    try:
+        for t in ws: t.mul_(by)
+        yield
+    finally:
+        for t in ws: t.div_(by)
 
-    def _tensors(self, name):
-        if name in self.mods: return [t for k in ('weight','bias') if (t := getattr(self.mods[name], k, None)) is not None]
-        return [self.model.get_parameter(name)]
+@patch
+def _tensors(self:_Bench, name):
+    if name in self.mods: return [t for k in ('weight','bias') if (t := getattr(self.mods[name], k, None)) is not None]
+    return [self.model.get_parameter(name)]
 
 # %% ../../nbs/prune/prove.ipynb #3b7d4c29
 def _trials(g):

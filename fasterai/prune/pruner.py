@@ -9,6 +9,7 @@ __all__ = ['Pruner']
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import islice
+from typing import Literal
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -20,7 +21,8 @@ from .groups import find_groups
 from .example import small_example
 from .plan import PruningPlan, row_of
 from .scores import Score, curve, score_units
-from .widths import Cost, Unreachable, check_budget, check_steps
+from .speed import fit_latency
+from .widths import Unreachable, check_budget, check_steps
 
 # %% ../../nbs/prune/pruner.ipynb #4022ae11
 class Pruner:
@@ -28,7 +30,8 @@ class Pruner:
     def __init__(self,
         budget: float = 0.5,                    # share of `cost` that stays, in (0, 1]
         *,
-        cost: Cost = 'macs',                    # what the budget counts, of the whole model: 'macs' or 'params'
+        # what the budget counts, of the whole model: multiply-accumulates, parameters, or the time of a batch as measured here
+        cost: Literal['macs','params','latency'] = 'macs',
         score: Score = 'magnitude',             # which units go first: 'magnitude', 'taylor' (needs data) or 'random'
         heads: bool = True,                     # attention heads too?
         layers: str|Iterable[str]|None = None,  # only units that these layers write: names, containers, wildcards; None for all
@@ -36,7 +39,7 @@ class Pruner:
         round_to: int = 1,                      # layers get multiples of this many channels or neurons
         min_keep: int = 1,                      # units of a group that stay at least
     ):
-        check_budget(budget, cost)
+        check_budget(budget, 'macs' if cost == 'latency' else cost)
         check_steps(round_to=round_to, min_keep=min_keep)
         if score not in ('magnitude','taylor','random'):
             raise ValueError(f"score must be 'magnitude', 'taylor' or 'random', got {_short(score)}.")
@@ -64,7 +67,8 @@ def _rows(self, model, example, data, n_batches, loss, groups=None):
     groups = find_groups(model, example, heads=self.heads) if groups is None else groups
     left,costs = _left_out(model, groups, self.layers, self.exclude),measure_costs(model, example, groups)
     scores = score_units(model, [g for g in groups if g.name not in left], self.score, data, n_batches=n_batches, loss=loss)
-    price = dict(zip(costs.groups, costs.unit({})[:, ('params','macs').index(self.cost)]/max(1, getattr(costs, self.cost))))
+    which = 'params' if self.cost == 'params' else 'macs'
+    price = dict(zip(costs.groups, costs.unit({})[:, ('params','macs').index(which)]/max(1, getattr(costs, which))))
     def row(g):
         # what has no unit of error counts per cost, so that the same share of large and small units goes
         order,errors = curve(scores[g.name]*(1. if self.score == 'taylor' else price[g.name])) if g.name in scores else ((), ())
@@ -74,18 +78,24 @@ def _rows(self, model, example, data, n_batches, loss, groups=None):
 # %% ../../nbs/prune/pruner.ipynb #556d0a84
 def _whys(rows): return '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in rows[:3]) + '; …'*(len(rows) > 3)
 
-def _fitted(whole, p, model, example):
-    "`whole` within the budget of the `Pruner` p, as counted on the pruned model"
-    stay,budget,limit = [o for o in whole.layers if not o.errors],p.budget,p.budget*getattr(whole, p.cost)
+def _fitted(whole, p, model, example, batch):
+    "`whole` within the budget of the `Pruner` p, as counted on the pruned model, or measured on `batch`"
+    stay = [o for o in whole.layers if not o.errors]
     if p.budget < 1 and len(stay) == len(whole): raise ValueError(f'nothing to prune ({_whys(stay) or "the model has no layer"}).')
+    try:
+        if p.cost != 'latency': plan = _counted(whole, p, model, example)
+        else: plan = fit_latency(whole, p.budget, model, first_batch(model, batch)[0])
+    except Unreachable as e:
+        left = f' and {len(stay)} groups left alone ({_whys(stay)})' if stay else ''
+        raise Unreachable(f'{e} That is with min_keep={p.min_keep}, round_to={p.round_to}{left}.') from None
+    _check_runs(model, plan.apply(model), example)
+    return plan
+
+def _counted(whole, p, model, example):
+    budget,limit = p.budget,p.budget*getattr(whole, p.cost)
     while True:
-        try: plan = whole.replan(budget)
-        except Unreachable as e:
-            left = f' and {len(stay)} groups left alone ({_whys(stay)})' if stay else ''
-            raise Unreachable(f'{e} That is with min_keep={p.min_keep}, round_to={p.round_to}{left}.') from None
-        small = plan.apply(model)
-        _check_runs(model, small, example)
-        if p.cost == 'params' or (n := count_macs(small, example)) <= limit: return plan
+        plan = whole.replan(budget)
+        if p.cost == 'params' or (n := count_macs(plan.apply(model), example)) <= limit: return plan
         budget *= .999*limit/n      # the formula missed something
 
 def _check_runs(model, small, example):
@@ -110,11 +120,13 @@ def plan(self:Pruner,
     if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {_short(model)}.')
     if data is None and example is None: raise ValueError('pass data, or one batch as example=: the model is traced on it.')
     if isinstance(data, Iterator): data = [*islice(data, n_batches)]
-    example = small_example(model, data if example is None else example)
+    batch = data if example is None else example
+    example = small_example(model, batch)
     if self.score == 'taylor' and data is None: raise ValueError("score='taylor' looks at gradients: pass data=, or score='magnitude'.")
     rows,costs = _rows(self, model, example, data, n_batches, loss)
-    whole = PruningPlan(rows, params=costs.params, cost=self.cost, round_to=self.round_to, min_keep=self.min_keep, table=asdict(costs))
-    plan = _fitted(whole, self, model, example)
+    cost = 'params' if self.cost == 'params' else 'macs'
+    whole = PruningPlan(rows, params=costs.params, cost=cost, round_to=self.round_to, min_keep=self.min_keep, table=asdict(costs))
+    plan = _fitted(whole, self, model, example, batch)
     return replace(plan, policy=f'{self!r}')
 
 @patch

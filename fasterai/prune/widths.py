@@ -56,6 +56,7 @@ def _steps(err, at, ok):
     if len(far := to[to >= at + (len(err) - at)//_STRIDE]): to = far
     return to, (err[to] - err[at])/(to - at) if len(to) else np.zeros(0)
 
+# %% ../../nbs/prune/widths.ipynb #d9e658ee
 def fit_widths(
     costs: Costs,
     errors: Mapping[str,Sequence[float]],   # name of a group -> error without 0, 1, 2, … units, in a unit that adds up; others stay whole
@@ -80,6 +81,7 @@ def fit_widths(
 
 def _called(cost): return 'MACs' if cost == 'macs' else 'parameters'
 
+# %% ../../nbs/prune/widths.ipynb #6e2092ee
 def _shrink(kept, errs, ok, col, unit, too_much):
     "Remove what costs the least error per cost, until the rest fits"
     steps = {g: _steps(errs[g], len(errs[g])-1 - kept[g], ok[g]) for g in kept}
