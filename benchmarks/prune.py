@@ -5,7 +5,6 @@ Residual and plain convolutional networks are trained here on scikit-learn's dig
 column means.
 """
 import importlib, inspect, math, os, platform, random, re, sys, time, warnings
-from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -15,10 +14,12 @@ from fastcore.script import call_parse, store_true
 from torch import nn
 import fasterai
 from fasterai.prune.compensate import compensate
+from fasterai.prune.cost import count_macs, measure_costs
 from fasterai.prune.groups import find_groups
 from fasterai.prune.prices import price_units
 from fasterai.prune.renorm import norm_inputs
 from fasterai.prune.slicing import slice_units
+from fasterai.prune.widths import fit_widths
 
 SEED,SHARES = 0,(.7, .5, .3)
 
@@ -193,55 +194,23 @@ CASES = {'ResNet18': _on_digits('ResNet18', _resnet, 64), 'XResNet18': _on_digit
          'VGG16-bn': _on_digits('VGG16-bn', _vgg, 32), 'EfficientNet-Lite0': _lite, 'MiniLM': _minilm}
 QUICK = {'four convolutions': _on_digits('four convolutions', _small, 16, 6)}
 
-# Costs and budgets
+# Widths
 
-class Cost:
-    "MACs of one item, or weights, of the layers that matter, with so many units in each group"
-    def __init__(self, case, groups):
-        seen = {}
-        def see(m, a, y, n): seen[n] = y.numel()//len(y)//(m.out_channels if hasattr(m, 'out_channels') else y.shape[-1])
-        self.mods = {n: m for n,m in case.model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and case.only in n}
-        hooks = [m.register_forward_hook(lambda m, a, y, n=n: see(m, a, y, n)) for n,m in self.mods.items()]
-        with torch.no_grad(): _answer(case.model, case.test[0])
-        for h in hooks: h.remove()
-        self.at = {n: seen.get(n, 0) if case.unit == 'macs' else 1 for n in self.mods}
-        self.groups = {g.name: g for g in groups}
-    def __call__(self, n):
-        gone = defaultdict(int)
-        for k,left in n.items():
-            g = self.groups[k]
-            for o in g.members: gone[o.layer, o.side] += (g.units - left)*len(o.index[0])
-        total = 0
-        for k,m in self.mods.items():
-            a,b = m.weight.shape[:2]
-            if getattr(m, 'groups', 1) > 1: a -= gone[k, 'both']
-            else: a,b = a - gone[k, 'out'],b - gone[k, 'in']
-            total += self.at[k]*a*b*m.weight[0, 0].numel()
-        return total
+def _example(case): return case.data[0] if case.metric == 'cosine' else case.data[0][:2]
 
-def within(prices, cost, budget):
-    "Units that stay in each group: at one price per unit of cost, which is charged for the widths that come out"
-    n = {k: p.group.units for k,p in prices.items()}
-    for _ in range(4):
-        each = {k: max(1e-9, cost(n) - cost(n | {k: max(1, n[k]-1)})) if n[k] > 1 else 1. for k in n}
-        def stay(k, p, mu):
-            left = p.group.units - np.arange(p.group.units)
-            return int(left[np.argmin(p.loss[:-1] + mu*each[k]*left)])
-        def at(mu): return {k: stay(k, p, mu) for k,p in prices.items()}
-        lo,hi = -60.,10.
-        for _ in range(50):
-            mid = (lo + hi)/2
-            lo,hi = (mid, hi) if cost(at(10**mid)) > budget else (lo, mid)
-        n = at(10**hi)
-    return n
+def _encoder(model, only): return sum(m.weight.numel() for n,m in model.named_modules() if isinstance(m, nn.Linear) and only in n)
 
-def uniform(prices, cost, budget):
-    "The same share of every group"
+def _target(case, costs, share):
+    "Share of the cost of the whole model, for a share of the layers that matter"
+    return 1 - (1 - share)*_encoder(case.model, case.only)/costs.params if case.unit == 'params' else share
+
+def uniform(prices, costs, budget):
+    "The same share of every group, for at most this share of the MACs"
     lo,hi = 0.,1.
     def at(s): return {k: max(1, round(s*p.group.units)) for k,p in prices.items()}
     for _ in range(20):
         mid = (lo + hi)/2
-        lo,hi = (lo, mid) if cost(at(mid)) > budget else (mid, hi)
+        lo,hi = (lo, mid) if costs.at(at(mid))[1] > budget*costs.macs else (mid, hi)
     return at(lo)
 
 # Baselines
@@ -254,67 +223,56 @@ def _remeasured(model, data):
     for n,acc in norm_inputs(model, data, set=set).items(): set(n, mods[n], acc)
     return model
 
-def _torch_pruning(case, share, head, everywhere, count):
+def _torch_pruning(case, share, everywhere):
     "torch-pruning's pruner with group magnitudes, one ratio for all or one threshold for all, for at most this share of MACs"
-    x,lo,hi,best = (case.data[0][:2],),0.,1.,None
+    x,lo,hi,best = case.data[0][:2],0.,1.,None
+    head,full = [n for n,m in case.model.named_modules() if isinstance(m, nn.Linear)][-1],count_macs(case.model, case.data[0][:2])
     for _ in range(7):
         mid = (lo + hi)/2
         m = deepcopy(case.model).requires_grad_()
-        tp.pruner.BasePruner(m, x, tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=mid, global_pruning=everywhere,
+        tp.pruner.BasePruner(m, (x,), tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=mid, global_pruning=everywhere,
                              ignored_layers=[m.get_submodule(head)]).step()
-        if count(m) > share: lo = mid
+        if count_macs(m, x) > share*full: lo = mid
         else: hi,best = mid,m
     return best.eval().requires_grad_(False)
 
-def _share(case):
-    "A function: MACs of a model as a share of those of the dense one"
-    def macs(m):
-        total = [0]
-        def see(m, a, y): total[0] += m.weight.numel()*(y[0].numel()//y.shape[1] if y.ndim == 4 else 1)
-        hooks = [o.register_forward_hook(see) for o in m.modules() if isinstance(o, (nn.Linear, nn.Conv2d))]
-        with torch.no_grad(): m(case.data[0][:1])
-        for h in hooks: h.remove()
-        return total[0]
-    dense = macs(case.model)
-    return lambda m: macs(m)/dense
-
 # The run
+
+def _prices(case, groups):
+    t = time.perf_counter()
+    obs = price_units(case.model, groups, case.data)
+    _log(f'{case.name}: {len(groups)} groups, prices in {time.perf_counter()-t:.0f} s')
+    others = 'magnitude','taylor','wanda','random'
+    return dict(obs=obs) | {s: price_units(case.model, groups, case.data, score=s, inputs=obs.inputs) for s in others}
 
 def _rows(case):
     "One row per method and share: share, method, selection, cost, metric, error, seconds"
-    run = case.data[0] if case.metric == 'cosine' else case.data[0][:2]
-    groups = [g for g in find_groups(case.model, run) if case.only in g.name and not g.reason]
-    cost = Cost(case, groups)
-    full = cost({})
-    t = time.perf_counter()
-    prices = {'obs': price_units(case.model, groups, case.data)}
-    _log(f'{case.name}: {len(groups)} groups, prices in {time.perf_counter()-t:.0f} s')
-    inputs = prices['obs'].inputs
-    prices |= {s: price_units(case.model, groups, case.data, score=s, inputs=inputs) for s in ('magnitude', 'taylor', 'wanda', 'random')}
+    groups = [g for g in find_groups(case.model, _example(case)) if case.only in g.name and not g.reason]
+    costs,prices = measure_costs(case.model, _example(case), groups),_prices(case, groups)
     yield 1., 'dense', '', 1., *case.judge(case.model), 0.
-    head = [n for n,m in case.model.named_modules() if isinstance(m, nn.Linear)][-1]
+    def used(m):
+        if case.unit == 'params': return _encoder(m, case.only)/_encoder(case.model, case.only)
+        return count_macs(m, _example(case))/costs.macs
     for share in case.shares:
-        def row(method, sel, m, used, t): return share, method, sel, used, *case.judge(m), time.perf_counter() - t
-        if case.metric != 'cosine':
-            count = _share(case)
-            for everywhere in (False, True):
-                t = time.perf_counter()
-                m = _torch_pruning(case, share, head, everywhere, count)
-                sel = 'magnitude, ' + ('global' if everywhere else 'local')
-                yield row('torch-pruning', sel, m, count(m), t)
-                yield row('torch-pruning, norms measured', sel, _remeasured(m, case.data), count(m), t)
-        for s,p in prices.items():
-            n = (within if s == 'obs' or case.metric == 'cosine' else uniform)(p, cost, share*full)
-            kept,used = p.kept(n),cost(n)/full
+        def row(method, sel, make):
             t = time.perf_counter()
+            m = make()
+            return share, method, sel, used(m), *case.judge(m), time.perf_counter() - t
+        for everywhere in (False, True) if case.unit == 'macs' else ():
+            m,sel = _torch_pruning(case, share, everywhere),'magnitude, ' + ('global' if everywhere else 'local')
+            yield row('torch-pruning', sel, lambda: m)
+            yield row('torch-pruning, norms measured', sel, lambda: _remeasured(m, case.data))
+        for s,p in prices.items():
+            fits = s == 'obs' or case.unit == 'params'
+            target = _target(case, costs, share)
+            n = fit_widths(costs, {k: o.loss for k,o in p.items()}, target, cost=case.unit) if fits else uniform(p, costs, target)
+            kept = p.kept(n)
             cut = slice_units(case.model, groups, kept)
-            if case.metric == 'cosine': yield row('cut', s, cut, used, t)
-            else: yield row('cut, norms measured', s, _remeasured(cut, case.data), used, t)
+            if case.unit == 'params': yield row('cut', s, lambda: cut)
+            else: yield row('cut, norms measured', s, lambda: _remeasured(cut, case.data))
             for name,refit in (('repaired', False), ('repaired and refitted', True)):
                 if refit and s not in ('obs', 'magnitude'): continue
-                t = time.perf_counter()
-                small = compensate(case.model, kept, case.data, groups=groups, inputs=inputs, refit=refit)
-                yield row(name, s, small, used, t)
+                yield row(name, s, lambda: compensate(case.model, kept, case.data, groups=groups, inputs=prices['obs'].inputs, refit=refit))
 
 def _table(case, rows):
     what = dict(accuracy='accuracy', agreement='agreement with dense', cosine='cosine to dense')[case.metric]

@@ -1513,6 +1513,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.prune.prices.Prices._repr_html_': ( 'prune/prices.html#prices._repr_html_',
                                                                                      'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices.Prices.kept': ('prune/prices.html#prices.kept', 'fasterai/prune/prices.py'),
+                                       'fasterai.prune.prices.Prices.title': ('prune/prices.html#prices.title', 'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices.Prices.to_frame': ( 'prune/prices.html#prices.to_frame',
                                                                                   'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices._by_score': ('prune/prices.html#_by_score', 'fasterai/prune/prices.py'),

@@ -429,6 +429,29 @@ def test_a_reader_that_data_do_not_reach_is_said():
     with pytest.warns(UserWarning, match="1 of 2 readers keep their weights as they are \\('c': not reached by the data"):
         small = compensate(net, {'a': [0, 1, 2]}, randn(50, 5), groups=[g])
     assert torch.equal(small.c.weight, net.c.weight[:, :3])
+    p = price_units(net, [g], randn(50, 5))
+    assert not len(p) and p.missing == {'a': "'c': not reached by the data"}
+
+def test_convolutions_that_pad_in_their_own_way():
+    "Subclasses with a padding inside, as EfficientNet-Lite has them"
+    class Padded(nn.Conv2d):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            self.pad = nn.ZeroPad2d(1)
+        def forward(self, x): return nn.functional.conv2d(self.pad(x), self.weight, self.bias)
+    x = smooth(128)
+    def build(conv, **kw):
+        torch.manual_seed(0)
+        net = nn.Sequential(conv(3, 8, 3, bias=False, **kw), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4, 3, bias=False, **kw), nn.BatchNorm2d(4)).double()
+        for _ in range(20): net(x)
+        return net.eval().requires_grad_(False)
+    own,plain = build(Padded),build(nn.Conv2d, padding=1)
+    groups = [[g for g in find_groups(net, x[:2]) if not g.reason] for net in (own, plain)]
+    a,b = (price_units(net, g, x) for net,g in zip((own, plain), groups))
+    assert a['0'].order == b['0'].order and not a.missing
+    np.testing.assert_allclose(a['0'].loss, b['0'].loss, rtol=1e-8)
+    small = [compensate(net, a.kept({'0': 5}), x, groups=g, refit=False) for net,g in zip((own, plain), groups)]
+    close(small[0](x), small[1](x), 1e-8)
 
 def test_flattened_maps_and_other_layers_that_read():
     from transformers.pytorch_utils import Conv1D

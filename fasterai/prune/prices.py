@@ -12,8 +12,10 @@ from typing import Literal
 import numpy as np, pandas as pd, torch
 from torch import nn
 from ..core.check import first_batch
-from ..core.collect import NotDifferentiable
-from ..core.inputs import Inputs, collect_inputs
+from ..core.collect import NotDifferentiable, _watch
+from ..core.convs import find_convs
+from ..core.inputs import InputCollector, Inputs
+from ..core.modules import find_linears
 from ..core.surgery import _warn_user
 from .repair import factored, norms_after, takes_constant
 from .scores import curve, score_units, summed
@@ -37,9 +39,9 @@ class Price:
         return tuple(sorted(self.order[self.group.units-n:]))
 
 class Prices(Mapping):
-    "Name of a group -> `Price`"
-    def __init__(self, prices: Mapping[str,Price], score: str, *, inputs: Inputs|None = None):
-        self.prices,self.score,self.inputs = dict(prices),score,inputs
+    "Name of a group -> `Price`; `missing`: why others have none, and stay whole"
+    def __init__(self, prices: Mapping[str,Price], score: str, *, inputs: Inputs|None = None, missing: Mapping[str,str]|None = None):
+        self.prices,self.score,self.inputs,self.missing = dict(prices),score,inputs,dict(missing or {})
     def __getitem__(self, name: str) -> Price: return self.prices[name]
     def __iter__(self): return iter(self.prices)
     def __len__(self): return len(self.prices)
@@ -53,8 +55,12 @@ class Prices(Mapping):
         def at(p, s): return float(p.loss[min(len(p.loss)-1, round((1-s)*p.group.units))])
         return pd.DataFrame([dict(group=n, kind=p.group.kind, units=p.group.units) | {f'loss at {s}': at(p, s) for s in (.9, .7, .5, .3)}
                              for n,p in self.items()])
-    def __repr__(self): return f'prices of {len(self)} groups by {self.score}\n{self.to_frame().to_string(index=False)}'
-    def _repr_html_(self): return f'<p>prices of {len(self)} groups by {self.score}</p>{self.to_frame().to_html(index=False, border=0)}'
+    @property
+    def title(self) -> str:
+        "One line: how many groups, and which have no price"
+        return f'prices of {len(self)} groups by {self.score}' + ''.join(f'; {n} has none ({why})' for n,why in self.missing.items())
+    def __repr__(self): return f'{self.title}\n{self.to_frame().to_string(index=False)}'
+    def _repr_html_(self): return f'<p>{self.title}</p>{self.to_frame().to_html(index=False, border=0)}'
 
 # %% ../../nbs/prune/prices.ipynb #94e62c9a
 _STEPS = 64     # a step removes 1/64 of the units that are left, at least one
@@ -148,16 +154,17 @@ def reader_inputs(
     seed: int = 0,              # of the cotangents
 ) -> Inputs:
     "Moments of what the readers of `groups` read, for convolutions those of channels"
-    mods = dict(model.named_modules())
-    names = [*dict.fromkeys(o.layer for g in groups for o in g.readers)]
-    types = {type(mods[n]) for n in names if isinstance(mods[n], (nn.Linear, nn.modules.conv._ConvNd))}
-    if not names: return Inputs({})
-    how = dict(layers=names, n_batches=n_batches, seed=seed, types=types)
-    if not sensitivity: return collect_inputs(model, data, **how)
-    try: return collect_inputs(model, data, sensitivity='full', **how)
+    names = {o.layer for g in groups for o in g.readers}
+    # a convolution that pads in its own way cannot be decomposed, but its channels can be watched
+    sites = [replace(s, reason=None) for s in find_linears(model) + find_convs(model) if s.name in names]
+    def collected(how):
+        col = InputCollector(sites, sensitivity=how, seed=seed)
+        return col.finish(_watch(model, data, col, n_batches, progress='inputs'))
+    if not sensitivity: return collected(None)
+    try: return collected('full')
     except NotDifferentiable as e:
         _warn_user(f'the sensitivity of the output cannot be measured ({e}): all outputs of a layer count the same.')
-        return collect_inputs(model, data, **how)
+        return collected(None)
 
 # %% ../../nbs/prune/prices.ipynb #6645d298
 SCORES = 'obs','magnitude','taylor','wanda','random'
@@ -183,7 +190,7 @@ def price_units(
         inputs = reader_inputs(model, groups, data, sensitivity=score == 'obs', n_batches=n_batches, seed=seed)
     if score != 'obs': return Prices(_by_score(model, groups, score, data, inputs, n_batches, seed), score, inputs=inputs)
     run = None if data is None else first_batch(model, data)[0] or data
-    return Prices(_obs(model, groups, inputs, {} if run is None else norms_after(model, run)), score, inputs=inputs)
+    return _obs(model, groups, inputs, {} if run is None else norms_after(model, run))
 
 def _check_finite(model, groups):
     mods = dict(model.named_modules())
@@ -194,17 +201,18 @@ def _check_finite(model, groups):
 
 # %% ../../nbs/prune/prices.ipynb #36ae3fbb
 def _obs(model, groups, inputs, norms):
-    mods,Ps,res = dict(model.named_modules()),{},{}
+    mods,Ps,res,missing = dict(model.named_modules()),{},{},{}
     for g in groups:
-        parts = []
+        parts,lost = [],[o.layer for o in g.readers if o.layer not in inputs]
+        if lost or not g.readers:       # what nothing is known of stays
+            missing[g.name] = f'{lost[0]!r}: {inputs.missing.get(lost[0], "no moments of its inputs")}' if lost else 'no layer reads them'
+            continue
         for o in g.readers:
-            if o.layer not in inputs: continue
             m = mods[o.layer]
             if o.layer not in Ps: Ps[o.layer] = _precision(inputs[o.layer], takes_constant(m, o.layer, norms))
             P = Ps[o.layer]
             ix = torch.tensor([i for u in o.index for i in u], device=P.device)
             R = _root(m, _where(m, 'in')['weight'], inputs.sens.get(o.layer)).to(P.device)
             parts.append((R[:, ix], P[ix][:, ix]))
-        order,loss = _order(parts, g.units) if parts else (tuple(range(g.units)), np.zeros(g.units+1))     # no reader was reached
-        res[g.name] = Price(g, order, loss)
-    return res
+        res[g.name] = Price(g, *_order(parts, g.units))
+    return Prices(res, 'obs', inputs=inputs, missing=missing)
