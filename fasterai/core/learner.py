@@ -188,6 +188,10 @@ def _check_checkpoint(file, kept, model, state, prefix, metadata, strict, *args)
     if other: raise ValueError(f'{str(file)!r} holds a model that was decomposed to other ranks ({_some(other)}). Nothing was loaded. '
                                'Decompose by the same plan first: learn.undecompose(), then learn.decompose(plan=…).')
     has = model.state_dict().keys()
+    norms = {key(n, k) for n,m in mods.items() if hasattr(m, 'running_var') for k in m.state_dict()}
+    if kept is None and strict and (lost := has - state.keys()) and lost <= norms and has & state.keys():
+        raise ValueError(f'{str(file)!r} holds a model without norms that this Learner has ({_some(sorted(lost))}). Nothing was loaded. '
+                         'If they were folded, fold them here first: learn.fold_bn().')
     if kept is not None and strict and has & state.keys() and has != state.keys():
         odd = [*(has - state.keys()), *(state.keys() - has)]
         raise ValueError(f'{str(file)!r} holds another model than the compressed one of this Learner ({_some(sorted(odd))}). Nothing was loaded. '
