@@ -26,5 +26,6 @@ from fasterai.prune.groups import find_groups
 from fasterai.prune.plan import PruningPlan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.slicing import slice_units
+from fasterai.prune.training import PruneCallback
 import fasterai.lowrank.learner as _learner     # methods of the Learner
 import fasterai.prune.learner as _pruned

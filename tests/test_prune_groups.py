@@ -1,8 +1,9 @@
 "Channels, neurons and heads that go together: found, sliced and proved"
-import re
+import random, re
 from copy import deepcopy
 import pytest, torch, torch.nn.functional as F
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 from fasterai.core.check import _numbers
 from fasterai.core.surgery import copy_with
 from fasterai.prune.attention import FewerHeads
@@ -57,7 +58,7 @@ def check_exact(model, x, at_least=1):
     small = slice_units(model, groups, kept)
     with torch.no_grad(): a,b = _numbers(dense(x)),_numbers(small(x))
     for s,t in zip(a, b, strict=True): torch.testing.assert_close(s, t, rtol=1e-9, atol=1e-9)
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert not kept or sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     return groups, small
 
 class Block(nn.Module):
@@ -89,6 +90,7 @@ NETS = {
     'two_heads': lambda: (Net(lambda s,x: dict(a=s.a(h := F.relu(s.i(x))), rest=(s.b(h), [s.c(h)])),
                               i=nn.Linear(8, 12), a=nn.Linear(12, 3), b=nn.Linear(12, 2), c=nn.Linear(12, 12)), rows()),
     'lookup':    lambda: (nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 9), nn.Linear(9, 3)), torch.randint(0, 20, (2, 5))),
+    'shuffle':   lambda: (nn.Sequential(conv(3, 16), nn.PixelShuffle(2), nn.ReLU(), conv(4, 2)), image()),
     'glu':       lambda: (Net(lambda s,x: s.b((c := s.a(x).chunk(2, -1))[0]*c[1].sigmoid()), a=nn.Linear(8, 12), b=nn.Linear(6, 2)),
                   torch.randn(2, 5, 8)),
     'scale':     lambda: (Net(lambda s,x: s.o(s.i(x)*s.gamma), i=conv(3, 8), o=conv(8, 4)), image()),
@@ -122,6 +124,41 @@ def test_indices_behind_flatten_and_cat():
     model,x = made('cat')
     assert by_name(find_groups(model, x))['b'].readers[0].index == tuple((8+i,) for i in range(6))
 
+class Random(nn.Module):
+    "Layers drawn one after the other; each takes the last tensor, and some an earlier one too"
+    def __init__(self, seed):
+        super().__init__()
+        draw,self.steps,widths = random.Random(seed),nn.ModuleList(),[3]
+        self.earlier = []
+        for _ in range(draw.randint(4, 10)):
+            c = widths[-1]
+            kind = draw.choice(['conv', 'conv', 'deep', 'grouped', 'bn', 'gn', 'add', 'gate', 'cat', 'glu', 'squeeze', 'turn'])
+            same = [i for i,w in enumerate(widths[:-1]) if w == c]
+            if kind in ('add', 'gate') and not same or kind in ('grouped', 'gn', 'glu') and c % 4: kind = 'conv'
+            m = (conv(c, m := draw.choice([4, 8, 12]), draw.choice([1, 3]), bias=draw.random() < .7) if kind == 'conv'
+                 else conv(c, c*draw.choice([1, 2]), groups=c) if kind == 'deep' else conv(c, 8, groups=2) if kind == 'grouped'
+                 else nn.BatchNorm2d(c) if kind == 'bn' else nn.GroupNorm(c//2, c) if kind == 'gn'
+                 else nn.Sequential(conv(c, 4, 1), nn.ReLU(), conv(4, c, 1)) if kind == 'squeeze' else nn.Identity())
+            self.steps.append(m)
+            self.earlier.append((kind, draw.choice(same) if kind in ('add', 'gate') else draw.randrange(len(widths))))
+            widths.append(c + widths[self.earlier[-1][1]] if kind == 'cat' else c//2 if kind == 'glu'
+                          else getattr(m, 'out_channels', c))
+        self.out = nn.Linear(sum(widths[1:]), 3)
+
+    def forward(self, x):
+        xs = [x]
+        for m,(kind,i) in zip(self.steps, self.earlier):
+            x,y = xs[-1],xs[i]
+            xs.append(x + y if kind == 'add' else x*y.sigmoid() if kind == 'gate' else torch.cat([x, y], 1) if kind == 'cat'
+                      else F.glu(x, 1) if kind == 'glu' else x.roll(1, 1) if kind == 'turn'
+                      else x*m(x.mean((2, 3), True)).sigmoid() if kind == 'squeeze' else F.gelu(m(x)))
+        return self.out(torch.cat([o.mean((2, 3)) for o in xs[1:]], 1))
+
+@pytest.mark.parametrize('seed', range(40))
+def test_random_networks(seed):
+    torch.manual_seed(seed)
+    check_exact(Random(seed), image(), at_least=0)
+
 # What stays, and why
 
 class Scaled(nn.Module):
@@ -139,6 +176,11 @@ def tied():
 def parametrized():
     m = mlp(8, 12, 3)
     nn.utils.parametrizations.weight_norm(m[0])
+    return m
+
+def spectral():
+    m = mlp(8, 12, 3)
+    nn.utils.spectral_norm(m[0])
     return m
 
 def lora():
@@ -161,7 +203,7 @@ STAYS = {
     'roll':      (lambda: Net(lambda s,x: s.b(s.a(x).roll(1, 1)), a=conv(3, 8), b=conv(8, 4)), image, 'a', 'computes something else'),
     'permuted':  (lambda: Net(lambda s,x: s.b(s.a(x)[:, [*range(1, 12), 0]]), a=nn.Linear(8, 12), b=nn.Linear(12, 2)), rows, 'a', ''),
     'softmax':   (lambda: nn.Sequential(nn.Linear(8, 12), nn.Softmax(-1), nn.Linear(12, 3)), rows, '0', 'computes something else'),
-    'shuffle':   (lambda: nn.Sequential(conv(3, 16), nn.PixelShuffle(2), conv(4, 2)), image, '0', "what lies before '2'"),
+    'unshuffle': (lambda: nn.Sequential(conv(3, 4), nn.PixelUnshuffle(2), conv(16, 2)), image, '0', ''),
     'weight_norm': (parametrized, rows, '0', 'parametrized; torch.nn.utils.parametrize.remove_parametrizations'),
     'lora':      (lora, rows, '0', 'holds more than weight and bias'),
     'lstm':      (lambda: Net(lambda s,x: s.b(s.l(s.a(x))[0]), a=nn.Linear(8, 12), l=nn.LSTM(12, 6), b=nn.Linear(6, 2)),
@@ -169,6 +211,11 @@ STAYS = {
     'unread':    (lambda: Net(lambda s,x: s.b(x) + s.a(x).sum(), a=nn.Linear(8, 12), b=nn.Linear(8, 2)), rows, 'a', ''),
     'idle':      (lambda: Net(lambda s,x: s.b(x) if x.sum() < 1e9 else s.d(s.c(x)), b=nn.Linear(8, 3), c=nn.Linear(8, 12), d=nn.Linear(12, 3)),
                   rows, 'c', 'forward does not call it'),
+    'random':    (lambda: Net(lambda s,x: s.b(F.dropout(s.a(x), .5, True)), a=nn.Linear(8, 12), b=nn.Linear(12, 3)), rows, 'a',
+                  'draws random numbers in eval mode'),
+    'spectral':  (spectral, rows, '0', 'its weight is computed by SpectralNorm; torch.nn.utils.remove_spectral_norm'),
+    'frozen_norm': (lambda: nn.Sequential(conv(3, 8), FrozenBatchNorm2d(8), conv(8, 4)), image, '0', 'fails without some of them'),
+    'bilinear':  (lambda: Net(lambda s,x: s.b(s.a(x), x), a=nn.Linear(8, 12), b=nn.Bilinear(12, 8, 3)), rows, 'a', ''),
     'root':      (lambda: nn.Linear(8, 3), rows, '', 'an output of the model'),
 }
 
@@ -344,6 +391,11 @@ def test_meta():
     small = slice_units(m, groups, {'0': [0, 1]})
     assert small[0].weight.is_meta and small[0].weight.shape == (2, 8) and small[2].weight.shape == (3, 2)
 
+def test_images_of_fastai():
+    from fastai.torch_core import TensorImage
+    m = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True), conv(8, 4))
+    assert [g.name for g in ready(find_groups(m, TensorImage(image())))] == ['0']
+
 def test_half_precision_and_frozen():
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         m = mlp(8, 12, 3).to(dtype).requires_grad_(False)
@@ -372,6 +424,7 @@ def test_errors():
     with pytest.raises(ValueError, match="of '4' must stay: they are an output"): slice_units(m, groups, {'4': [0]})
     with pytest.raises(ValueError, match='for another model'): slice_units(nn.Sequential(nn.Linear(8, 3)), groups, {'2': [0]})
     with pytest.raises(TypeError, match='must be a torch.nn.Module'): find_groups('resnet', x)
+    with pytest.raises(TypeError, match='prune the model before torch.jit.script'): find_groups(torch.jit.script(m), x)
 
 def test_weights_that_are_not_finite():
     m,x = made('mlp')

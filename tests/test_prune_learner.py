@@ -6,7 +6,10 @@ from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.models.xresnet import xresnet18
+from fastai.callback.schedule import SchedLin
 from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.optimizer import OptimWrapper, SGD
 from torch import nn
 from fasterai.core.modules import count_params
 from fasterai.core.store import load_compressed
@@ -14,6 +17,7 @@ from fasterai.lowrank import learner as _       # plans, uncompress
 from fasterai.prune import learner as _         # prune
 from fasterai.prune.cost import count_macs
 from fasterai.prune.pruner import Pruner
+from fasterai.prune.training import PruneCallback, hand_over
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
@@ -120,3 +124,103 @@ def test_errors():
     learn.prune(plan=plan)
     with pytest.raises(ValueError, match='applied already'): learn.prune(plan=plan)
     assert len(learn.plans) == 1
+
+# While training
+
+class Watch(Callback):
+    "MACs after each epoch"
+    order = 100
+    def before_fit(self): self.macs,self.live = [],[]
+    def after_epoch(self):
+        self.macs.append(count_macs(self.learn.model, torch.randn(2, 3, 32, 32)))
+        self.live.append(live(self.learn))
+
+@pytest.mark.parametrize('schedule', [SchedLin, None])
+def test_the_budget_is_reached_at_the_end(schedule):
+    learn,watch = learner(),Watch()
+    dense = learn.model
+    kw = dict(schedule=schedule) if schedule else {}
+    quiet(learn, 5, cbs=[PruneCallback(.4, end=.8, **kw), watch])
+    whole = count_macs(dense, torch.randn(2, 3, 32, 32))
+    share = [o/whole for o in watch.macs]
+    assert sorted(share, reverse=True) == share and share[2] > .4 >= share[3] == share[4] and all(watch.live)
+    if schedule: assert all(s <= 1 - .6*(i+1)/4 + 1e-9 for i,s in enumerate(share[:4])) and share[0] > .75
+    assert len(learn.plans) == 4 and learn.uncompress().model is dense
+
+def test_start():
+    learn,watch = learner(),Watch()
+    quiet(learn, 4, cbs=[PruneCallback(.5, start=.5, end=1.), watch])
+    assert watch.macs[0] == watch.macs[1] > watch.macs[2] > watch.macs[3]
+
+@pytest.mark.parametrize('opt', ['adam', 'sgd', 'torch'])
+def test_the_state_is_that_of_the_weights_that_stay(opt):
+    funcs = dict(sgd=dict(opt_func=SGD), torch=dict(opt_func=lambda ps, lr=1e-3, **kw: OptimWrapper(ps, torch.optim.AdamW, lr=lr)), adam={})
+    learn = quiet(learner(**funcs[opt]), 1)
+    old,opt_ = learn.model,learn.opt
+    plan = Pruner(.5).plan(old, learn.dls).edit(['0', '3'], .5)
+    new = plan.apply(old)
+    learn.model = new
+    learn.create_opt()
+    hand_over(old, new, plan, opt_, learn.opt)
+    a,b = (o.opt.state if hasattr(o, 'opt') else o.state for o in (opt_, learn.opt))
+    first,second = ([*plan.kept[n]] for n in '03')
+    checked = 0
+    for k,v in a[old[3].weight].items():
+        if not isinstance(v, torch.Tensor) or v.ndim < 4: continue
+        assert torch.equal(b[new[3].weight][k], v[second][:, first]) and torch.equal(b[new[7].weight][k], a[old[7].weight][k][:, second])
+        checked += 1
+    assert checked or opt == 'sgd'
+    quiet(learn, 1)
+
+@pytest.mark.parametrize('more', ['save', 'accumulate', 'frozen'])
+def test_with_other_callbacks(more, tmp_path):
+    kw = dict(splitter=lambda m: [[*m[:3].parameters()], [*m[3:].parameters()]]) if more == 'frozen' else {}
+    learn = learner(path=tmp_path, **kw)
+    if more == 'frozen': learn.freeze()
+    cbs = dict(save=[SaveModelCallback()], accumulate=[GradientAccumulation(16)], frozen=[])[more]
+    quiet(learn, 4, cbs=[PruneCallback(.5), *cbs])
+    assert count_macs(learn.model, torch.randn(2, 3, 32, 32)) <= .5*learn.plans[0].macs and live(learn)
+    assert more != 'frozen' or not learn.model[0].weight.requires_grad and learn.model[3].weight.requires_grad
+    assert torch.isfinite(torch.tensor(learn.validate()[0]))
+
+def test_a_second_learner_continues_from_plans_and_weights(tmp_path):
+    learn = learner(path=tmp_path)
+    quiet(learn, 3, cbs=PruneCallback(.5))
+    learn.save('w')
+    other = learner(path=tmp_path)
+    for plan in learn.plans: other.prune(plan=plan)
+    other.load('w')
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(other.model.eval()(x), learn.model.eval()(x))
+    quiet(other, 1)
+
+def test_the_finder_of_rates_and_predictions_leave_the_model_alone():
+    learn = learner(cbs=PruneCallback(.5))
+    model = learn.model
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=3, show_plot=False)
+        learn.get_preds()
+    assert learn.model is model and learn.plans == []
+
+def test_wrong_arguments_of_the_callback():
+    for kw,text in ((dict(start=.9, end=.5), 'comes after end'), (dict(end=2), r'end must be in \[0, 1\]'), (dict(budget=5), r'budget must be in \(0, 1\]'),
+                    (dict(score='l1'), 'score must be')):
+        with pytest.raises(ValueError, match=text): PruneCallback(**kw)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['vision', 'unet'])
+def test_models_of_fastai(kind):
+    from fastai.vision.all import CrossEntropyLossFlat, TensorCategory, TensorImage, TensorMask, resnet18, unet_learner, vision_learner
+    xs,unet = torch.randn(8, 3, 64, 64),kind == 'unet'
+    ys = torch.randint(0, 3, (8, 64, 64) if unet else (8,))
+    items = [(TensorImage(x), (TensorMask if unet else TensorCategory)(y)) for x,y in zip(xs, ys)]
+    dls = DataLoaders.from_dsets(items, items, bs=4, device='cpu')
+    make,loss = (unet_learner, CrossEntropyLossFlat(axis=1)) if unet else (vision_learner, CrossEntropyLossFlat())
+    learn = make(dls, resnet18, pretrained=False, n_out=3, loss_func=loss, normalize=False)
+    learn.prune(.5)
+    plan = learn.plans[0]
+    assert plan.macs_after <= .5*plan.macs and sum(o.can for o in plan.layers) == (28 if unet else 13)
+    quiet(learn)
+    assert live(learn)
+    learn.unfreeze()
+    quiet(learn)

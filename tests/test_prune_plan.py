@@ -12,7 +12,8 @@ from fasterai.core.store import load_compressed, save_compressed
 from fasterai.prune.cost import Costs, count_macs, measure_costs
 from fasterai.prune.groups import find_groups, slice_units
 from fasterai.prune.plan import GroupPlan, PruningPlan
-from fasterai.prune.pruner import Pruner, small_example
+from fasterai.prune.pruner import Pruner
+from fasterai.prune.example import small_example
 from fasterai.prune.scores import curve, score_units, taylor_values
 from fasterai.prune.widths import Unreachable, allowed, fit_widths
 
@@ -298,6 +299,16 @@ def test_twice():
     a = Pruner(.7).prune(m, x)
     b = Pruner(.5).prune(a, x)
     assert brute_macs(b, x) <= .5*brute_macs(a, x) and brute_macs(a, x) <= .7*brute_macs(m, x)
+
+def test_latency(monkeypatch):
+    "The clock shows what the widths say"
+    import fasterai.prune.speed as speed
+    monkeypatch.setattr(speed, 'time_both', lambda m, small, run, seconds: (10., 10.*len(small[0].weight)/16 + .1))
+    m,x = net(),image()
+    plan = Pruner(.6, cost='latency', layers='0').plan(m, x)
+    assert len(plan.kept['0']) == 9 and plan.note == '10 → 5.72 ms'         # 10 would take 6.35
+    assert not Pruner(1., cost='latency').plan(m, x).replaced
+    with pytest.raises(Unreachable, match='budget=0.01 of the time cannot be reached: the fastest copy took'): Pruner(.01, cost='latency').plan(m, x)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v3_small', 'convnext_tiny', 'densenet121', 'regnet_y_400mf', 'googlenet'])

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 import numpy as np, torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,25 +74,28 @@ class Costs:
 
     def _gone(self, kept): return np.array([n - kept.get(g, n) for g,n in zip(self.groups, self.units)], float)
 
-    def at(self,
-        kept: Mapping[str,int],     # name of a group -> number of units that stay; groups that are not named stay whole
-    ) -> tuple[int,int]:            # parameters and MACs
-        "Costs of the whole model"
-        n,m,per,bias,mac,out,inp,extra = self._arrays
-        gone = self._gone(kept)
-        o,i = n - out@gone,m - inp@gone
-        lost = n*m - o*i
-        return self.params - round(float(per@lost + bias@(out@gone))), self.macs - round(float(mac@lost + extra@gone))
+# %% ../../nbs/prune/cost.ipynb #7f5954f7
+@patch
+def at(self:Costs,
+    kept: Mapping[str,int],     # name of a group -> number of units that stay; groups that are not named stay whole
+) -> tuple[int,int]:            # parameters and MACs
+    "Costs of the whole model"
+    n,m,per,bias,mac,out,inp,extra = self._arrays
+    gone = self._gone(kept)
+    o,i = n - out@gone,m - inp@gone
+    lost = n*m - o*i
+    return self.params - round(float(per@lost + bias@(out@gone))), self.macs - round(float(mac@lost + extra@gone))
 
-    def unit(self,
-        kept: Mapping[str,int],     # as above
-    ) -> np.ndarray:                # (groups, 2)
-        "Parameters and MACs that one more unit of each group takes away"
-        n,m,per,bias,mac,out,inp,extra = self._arrays
-        gone = self._gone(kept)
-        o,i = n - out@gone,m - inp@gone
-        lost = out*i[:, None] + inp*o[:, None] - out*inp
-        return np.stack([per@lost + bias@out, mac@lost + extra], 1)
+@patch
+def unit(self:Costs,
+    kept: Mapping[str,int],     # as above
+) -> np.ndarray:                # (groups, 2)
+    "Parameters and MACs that one more unit of each group takes away"
+    n,m,per,bias,mac,out,inp,extra = self._arrays
+    gone = self._gone(kept)
+    o,i = n - out@gone,m - inp@gone
+    lost = out*i[:, None] + inp*o[:, None] - out*inp
+    return np.stack([per@lost + bias@out, mac@lost + extra], 1)
 
 # %% ../../nbs/prune/cost.ipynb #94c42e09
 def _entry(model, mods, o, calls):
@@ -121,6 +125,7 @@ def _positions(model, run, names):
         run(model)
     return res
 
+# %% ../../nbs/prune/cost.ipynb #cf804c27
 def measure_costs(
     model: nn.Module,           # left as found
     example,                    # one batch, in any form, see `Batches`

@@ -17,6 +17,7 @@ from ..core.reasons import _away, _computed_reason, _owners
 from ..core.surgery import _span
 from ..core.walk import _is_conv1d
 from .attention import find_heads
+from .example import small_example
 from .prove import prove_groups
 from .slicing import _CONV, _where, _width, parameter_dim, slice_units
 from .trace import trace_units
@@ -121,7 +122,7 @@ def _line(e): return str(e).strip().splitlines()[0][:120] if str(e).strip() else
 # %% ../../nbs/prune/groups.ipynb #db59cfe7
 def find_groups(
     model: nn.Module,               # left unchanged
-    example,                        # one batch, in any form, see `Batches`
+    example,                        # data in any form, see `Batches`; two items of the first batch are enough
     *,
     heads: bool = True,             # attention heads too?
     time_limit: float = 120.,       # seconds to trace the model; raises TimeoutError
@@ -129,11 +130,13 @@ def find_groups(
 ) -> list[Group]:                   # in the order of `model.named_modules()`
     "All groups of channels, neurons and attention heads; those that must stay have a reason"
     if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {_short(model)}.')
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError(f'{type(model).__name__} is scripted or traced: prune the model before torch.jit.script.')
     for n,p in model.named_parameters():
         if p.is_floating_point() and not p.is_meta and not p.isfinite().all():
             raise ValueError(f'{n!r} has values that are NaN or infinite.')
-    run,example = first_batch(model, example)
-    if run is None: raise ValueError('example must be a batch of data, or hold one.')
+    example = small_example(model, example)
+    run,_ = first_batch(model, example)
     with left_as_found(model), torch.no_grad(): run(model)      # what does not run says so itself
     with torch.inference_mode(False): res = _found(model, run, heads, time_limit)
     return prove_groups(model, example, res) if prove else res

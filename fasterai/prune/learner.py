@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/prune/learner.ipynb #92611b33
+# %% ../../nbs/prune/learner.ipynb #edb6a756
 from collections.abc import Callable, Iterable
+from typing import Literal
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
@@ -15,7 +16,6 @@ from ..core.learner import _Kept, _check_now, _decomposed, _dense_of, _kept, _sw
 from .plan import PruningPlan
 from .pruner import Pruner
 from .scores import Score
-from .widths import Cost
 
 # %% ../../nbs/prune/learner.ipynb #36012f16
 def _given(plan, others):
@@ -30,7 +30,7 @@ def prune(self:Learner,
     *,
     plan: PruningPlan|None = None,          # in place of the arguments that choose units
     data=None,                              # batches for score='taylor'; None for the training set of `dls`
-    cost: Cost = 'macs',                    # what the budget counts, of the whole model: 'macs' or 'params'
+    cost: Literal['macs','params','latency'] = 'macs',  # what the budget counts, of the whole model
     score: Score = 'magnitude',             # which units go first: 'magnitude', 'taylor' or 'random'
     heads: bool = True,                     # attention heads too?
     layers: str|Iterable[str]|None = None,  # only units that these layers write: names, containers, wildcards; None for all

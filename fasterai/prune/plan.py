@@ -8,6 +8,7 @@ __all__ = ['GroupPlan', 'row_of', 'PruningPlan']
 # %% ../../nbs/prune/plan.ipynb #e77e54c4
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
 import torch
 from fastcore.basics import patch
@@ -77,15 +78,19 @@ class GroupPlan(Row):
     def decision(self) -> dict: return dict(kept=len(self.kept))
     @property
     def promise(self) -> str: return f'{len(self.kept)} of {self.units} {self.kind}'
-    def misfit(self, m: nn.Module|None) -> str|None:
-        wide = next((w for n,s,w,_ in self.layout if s == 'out'), None)
-        if m is None: return None if self.name.endswith('in_proj_weight') or '#' in self.name else 'no such layer'
-        return f'all {wide} outputs' if self.changed and _where(m, 'out') and _width(m, 'out') == wide else None
-    def cells(self) -> dict:
-        def names(ns): return ', '.join(ns[:2]) + (f', {len(ns)-2} more' if len(ns) > 2 else '')
-        return dict(group=self.name or '(the model)', units=self.units, kept=len(self.kept), kind=self.kind, writers=names(self.writers),
-            readers=names(self.readers), params=self.params, params_after=self.params_after, macs=self.macs, macs_after=self.macs_after,
-            error=self.error, reason=self.reason)
+    def cells(self) -> dict: return _cells(self)
+    def misfit(self, m: nn.Module|None) -> str|None: return _misfit(self, m)
+
+# %% ../../nbs/prune/plan.ipynb #3fe08f2e
+def _misfit(self, m):
+    wide = next((w for n,s,w,_ in self.layout if s == 'out'), None)
+    if m is None: return None if self.name.endswith('in_proj_weight') or '#' in self.name else 'no such layer'
+    return f'all {wide} outputs' if self.changed and _where(m, 'out') and _width(m, 'out') == wide else None
+def _cells(self):
+    def names(ns): return ', '.join(ns[:2]) + (f', {len(ns)-2} more' if len(ns) > 2 else '')
+    return dict(group=self.name or '(the model)', units=self.units, kept=len(self.kept), kind=self.kind, writers=names(self.writers),
+        readers=names(self.readers), params=self.params, params_after=self.params_after, macs=self.macs, macs_after=self.macs_after,
+        error=self.error, reason=self.reason)
 
 # %% ../../nbs/prune/plan.ipynb #ce2d6c6d
 def _wide(model, mods, o):
@@ -130,7 +135,7 @@ class PruningPlan(Plan):
                    macs='Int64', macs_after='Int64', error='float64', reason='str')
 
     def __post_init__(self): object.__setattr__(self, 'table', _tupled(dict(self.table)))
-    @property
+    @cached_property
     def costs(self) -> Costs:
         "Of the model, as a function of how many units stay"
         return Costs(**self.table)

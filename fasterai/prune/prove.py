@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 import torch
+from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _rng_kept
 from ..core.check import _FAILS, _differs, _numbers, first_batch
@@ -56,7 +57,9 @@ class _Bench:
             else: break
         self.mods = dict(self.model.named_modules())
 
-    def out(self, watched=()):
+    def draws(self): return _differs(self.out()[0], self.out(seed=1)[0])
+
+    def out(self, watched=(), seed=0):
         "All outputs, and those of the layers `watched`: name -> outputs of its calls"
         seen = defaultdict(list)
         with ExitStack() as stack, torch.no_grad(), warnings.catch_warnings():
@@ -65,54 +68,59 @@ class _Bench:
                 h = self.mods[n].register_forward_hook(lambda m, args, y, n=n: seen[n].extend(_numbers(y)))
                 stack.callback(h.remove)
             with _rng_kept(None):
-                torch.manual_seed(0)
+                torch.manual_seed(seed)
                 out = _numbers(self.run(self.model))
         return out, seen
 
-    @contextmanager
-    def masked(self, groups, kept):
-        "The columns that read dropped units are zero inside"
-        saved = []
-        try:
-            for g in groups:
-                gone = sorted({*range(g.units)} - {*kept[g.name]})
-                for o in g.readers:
-                    m = self.mods[o.layer]
-                    dim,at = _where(m, 'in')['weight'],torch.tensor(o.of(gone), device=m.weight.device)
-                    saved.append((m.weight, dim, at, m.weight.index_select(dim, at)))
-                    m.weight.index_fill_(dim, at, 0)
-            yield
-        finally:
-            for w,dim,at,old in reversed(saved): w.index_copy_(dim, at, old)
+# %% ../../nbs/prune/prove.ipynb #da0378a8
+@patch
+@contextmanager
+def masked(self:_Bench, groups, kept):
+    "The columns that read dropped units are zero inside"
+    saved = []
+    try:
+        for g in groups:
+            gone = sorted({*range(g.units)} - {*kept[g.name]})
+            for o in g.readers:
+                m = self.mods[o.layer]
+                dim,at = _where(m, 'in')['weight'],torch.tensor(o.of(gone), device=m.weight.device)
+                saved.append((m.weight, dim, at, m.weight.index_select(dim, at)))
+                m.weight.index_fill_(dim, at, 0)
+        yield
+    finally:
+        for w,dim,at,old in reversed(saved): w.index_copy_(dim, at, old)
 
-    @contextmanager
-    def louder(self, groups, by=8.):
-        "What the writers write is larger inside: attention far from uniform shows what small weights hide. A power of 2 is undone exactly"
-        ws = {id(t): t for g in groups for o in g.writers for t in self._tensors(o.layer)}.values()
-        try:
-            for t in ws: t.mul_(by)
-            yield
-        finally:
-            for t in ws: t.div_(by)
+@patch
+@contextmanager
+def louder(self:_Bench, groups, by=8.):
+    "What the writers write is larger inside: attention far from uniform shows what small weights hide. A power of 2 is undone exactly"
+    ws = {id(t): t for g in groups for o in g.writers for t in self._tensors(o.layer)}.values()
+    try:
+        for t in ws: t.mul_(by)
+        yield
+    finally:
+        for t in ws: t.div_(by)
 
-    def _tensors(self, name):
-        if name in self.mods: return [t for k in ('weight','bias') if (t := getattr(self.mods[name], k, None)) is not None]
-        return [self.model.get_parameter(name)]
+@patch
+def _tensors(self:_Bench, name):
+    if name in self.mods: return [t for k in ('weight','bias') if (t := getattr(self.mods[name], k, None)) is not None]
+    return [self.model.get_parameter(name)]
 
-# %% ../../nbs/prune/prove.ipynb #19a8d717
-def _tried(g):
-    "Units of a group to keep in a trial: some, irregular, each time the same"
+# %% ../../nbs/prune/prove.ipynb #3b7d4c29
+def _trials(g):
+    "Units of a group to keep in three trials: some, irregular, each time the same; all but one; a single one"
     r = random.Random(g.name)
-    return sorted(r.sample(range(g.units), r.randint(max(1, g.units//3), max(1, 2*g.units//3))))
+    n = r.randint(max(1, g.units//3), max(1, 2*g.units//3))
+    return [sorted(r.sample(range(g.units), k)) for k in (n, g.units-1, 1)]
 
 def _fault(bench, groups):
     "What is wrong when some units of all `groups` are gone; None if nothing is"
-    kept = {g.name: _tried(g) for g in groups}
     written = {o.layer for g in groups for o in g.members if o.side != 'in'}
     watched = {o.layer for g in groups for o in g.readers} - written
-    for loud in (False, True):
+    for i in range(3):
+        kept = {g.name: _trials(g)[i] for g in groups}
         with ExitStack() as stack:
-            if loud: stack.enter_context(bench.louder(groups))
+            if i == 1: stack.enter_context(bench.louder(groups))
             with bench.masked(groups, kept): want,inside = bench.out(watched)
             try:
                 with sliced(bench.model, groups, kept): got,within = bench.out(watched)
@@ -134,6 +142,8 @@ def prove_groups(
     if not todo or run is None or any(p.is_meta for p in model.parameters()): return [*groups]
     with torch.inference_mode(False), torch.no_grad():
         bench = _Bench(model, run)
+        drawn = 'the model draws random numbers in eval mode: nothing can be proved'
+        if bench.draws(): return [replace(g, reason=g.reason or drawn) for g in groups]
         faults = _idle(bench, todo)
         todo = [g for g in todo if g.name not in faults]
         while todo and (why := _fault(bench, todo)):

@@ -109,6 +109,7 @@ def _fewer(model, groups, kept):
     at = {o.layer: len(kept[g.name]) for g in groups for o in g.writers}
     return {h: at[h.q] for h in find_heads(model) if h.q in at} if at else {}
 
+# %% ../../nbs/prune/slicing.ipynb #10417dad
 @contextmanager
 def sliced(
     model: nn.Module,

@@ -48,11 +48,15 @@ def allowed(
 class Unreachable(ValueError):
     "Not even the smallest widths fit into the budget"
 
+_STRIDE = 128   # a step removes at least 1/128 of the units of a group; the last steps are taken back one by one
+
 def _steps(err, at, ok):
     "Numbers of units that can go next, and the error that each adds per unit"
-    to = np.array([len(err)-1 - w for w in ok if len(err)-1 - w > at], int)
+    to = np.array([len(err)-1 - w for w in ok if len(err)-1 - w > at][::-1], int)
+    if len(far := to[to >= at + (len(err) - at)//_STRIDE]): to = far
     return to, (err[to] - err[at])/(to - at) if len(to) else np.zeros(0)
 
+# %% ../../nbs/prune/widths.ipynb #d9e658ee
 def fit_widths(
     costs: Costs,
     errors: Mapping[str,Sequence[float]],   # name of a group -> error without 0, 1, 2, … units, in a unit that adds up; others stay whole
@@ -77,6 +81,7 @@ def fit_widths(
 
 def _called(cost): return 'MACs' if cost == 'macs' else 'parameters'
 
+# %% ../../nbs/prune/widths.ipynb #6e2092ee
 def _shrink(kept, errs, ok, col, unit, too_much):
     "Remove what costs the least error per cost, until the rest fits"
     steps = {g: _steps(errs[g], len(errs[g])-1 - kept[g], ok[g]) for g in kept}
@@ -85,7 +90,7 @@ def _shrink(kept, errs, ok, col, unit, too_much):
         rates = {g: (rate.min()/max(price[col[g]], 1e-9), g) for g,(to,rate) in steps.items() if len(to)}
         g = min(rates.values())[1]
         to,rate = steps[g]
-        kept[g] = len(errs[g])-1 - int(to[len(rate)-1 - rate[::-1].argmin()])     # of equal rates the longest step
+        kept[g] = len(errs[g])-1 - int(to[rate.argmin()])
         steps[g] = _steps(errs[g], len(errs[g])-1 - kept[g], ok[g])
 
 def _grow(kept, errs, ok, spent, limit):
