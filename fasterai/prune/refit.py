@@ -224,5 +224,6 @@ def _scale(norm, dense, y, want, outputs):
     was,now = _Channels(),_Channels()
     was.add(want)
     now.add(y)
-    was,now = (_of_all_ranks({0: o})[0] for o in (was, now))
+    was,now = (_of_all_ranks({0: o}).get(0) for o in (was, now))
+    if was is None or now is None: return       # no row is finite
     norm.running_mean,norm.running_var = (v.to(norm.running_mean) for v in moved(dense, was, now, outputs, small=True))
