@@ -1582,6 +1582,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.prune.pruner._counted': ('prune/pruner.html#_counted', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._fitted': ('prune/pruner.html#_fitted', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._left_out': ('prune/pruner.html#_left_out', 'fasterai/prune/pruner.py'),
+                                       'fasterai.prune.pruner._priced_rows': ('prune/pruner.html#_priced_rows', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._rows': ('prune/pruner.html#_rows', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._whys': ('prune/pruner.html#_whys', 'fasterai/prune/pruner.py')},
             'fasterai.prune.refit': { 'fasterai.prune.refit._Adds': ('prune/refit.html#_adds', 'fasterai/prune/refit.py'),

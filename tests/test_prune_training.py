@@ -395,7 +395,7 @@ def test_narrowed_groups_are_those_of_the_small_model(keeps):
 
 @pytest.mark.parametrize('kw,text', [
     (dict(budget=50), r'budget must be in \(0, 1\], got 50'), (dict(budget=0), r'got 0\.'), (dict(cost='flops'), "cost must be 'macs'"),
-    (dict(score='l1'), "score must be 'magnitude'"), (dict(round_to=0), 'round_to must be an int of at least 1'),
+    (dict(score='l1'), "score must be 'obs'"), (dict(round_to=0), 'round_to must be an int of at least 1'),
     (dict(start=-.1), r'start must be in \[0, 1\], a share of the training, got -0.1'), (dict(end=5), r'end must be in \[0, 1\], .*got 5\.'),
     (dict(start=.9, end=.5), 'start must not be after end, got start=0.9, end=0.5'), (dict(every=0), "every must be 'epoch' or a number of batches of at least 1, got 0"),
     (dict(every='batch'), "got 'batch'"), (dict(every=True), 'got True'), (dict(schedule=SchedCos(1., .3)), r'ends at 0.3, the budget is 0.5. Pass .* SchedCos\(1., 0.5\)')])

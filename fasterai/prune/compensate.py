@@ -13,7 +13,6 @@ from ..core.check import first_batch
 from ..core.distributed import gathered
 from ..core.inputs import Inputs
 from ..core.surgery import _warn_user, copy_with
-from .plan import PruningPlan
 from .prices import reader_inputs
 from .refit import refit_layers
 from .renorm import move_norms
@@ -55,7 +54,7 @@ def _repair(res, model, stays, inputs, norms):
 # %% ../../nbs/prune/compensate.ipynb #d0c9d1ed
 def compensate(
     model: nn.Module,                   # dense; left unchanged
-    plan: PruningPlan|Mapping[str,Sequence[int]],   # which units stay; without a plan, name of a group -> units, and `groups`
+    plan: 'PruningPlan|Mapping[str,Sequence[int]]', # which units stay; without a plan, name of a group -> units, and `groups`
     data,                               # inputs without labels, see `Batches`; some hundred are enough
     *,
     groups: Sequence[Group]|None = None,    # where `plan` is a mapping: the groups of `model`, see `find_groups`

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/prune/learner.ipynb #edb6a756
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Literal
 import torch
 from fastai.learner import Learner
@@ -15,7 +16,6 @@ from ..core.batches import _short
 from ..core.learner import _check_now, _compressed
 from .plan import PruningPlan
 from .pruner import Pruner
-from .scores import Score
 
 # %% ../../nbs/prune/learner.ipynb #36012f16
 def _given(plan, others):
@@ -29,9 +29,11 @@ def prune(self:Learner,
     budget: float = 0.5,                    # share of `cost` that stays, in (0, 1]
     *,
     plan: PruningPlan|None = None,          # in place of the arguments that choose units
-    data=None,                              # batches for score='taylor'; None for the training set of `dls`
+    data=None,                              # inputs to look at; None for the training set of `dls`
     cost: Literal['macs','params','latency'] = 'macs',  # what the budget counts, of the whole model
-    score: Score = 'magnitude',             # which units go first: 'magnitude', 'taylor' or 'random'
+    score: Literal['obs','magnitude','taylor','random'] = 'obs',    # which units go first: those that the others replace best, …
+    compensate: bool = True,                # solve the layers that read them again, by least squares?
+    renorm: bool = True,                    # and re-estimate batch norms?
     heads: bool = True,                     # attention heads too?
     layers: str|Iterable[str]|None = None,  # only units that these layers write: names, containers, wildcards; None for all
     exclude: str|Iterable[str]|None = None, # all but these
@@ -42,9 +44,11 @@ def prune(self:Learner,
 ) -> Learner:                               # itself
     "Replace the model by its pruned copy and drop the optimizer (in a running fit: make a new one); `uncompress` restores the first model"
     _check_now(self, 'prune')
-    pruner = Pruner(budget, cost=cost, score=score, heads=heads, layers=layers, exclude=exclude, round_to=round_to, min_keep=min_keep)
+    pruner = Pruner(budget, cost=cost, score=score, compensate=compensate, renorm=renorm, heads=heads, layers=layers, exclude=exclude,
+                    round_to=round_to, min_keep=min_keep)
     with torch.autocast('cuda', enabled=False):     # a callback may be called inside of mixed precision
         if plan is None: plan = pruner.plan(self.model, self.dls if data is None else data, n_batches=n_batches, loss=loss)
-        else: plan = _given(plan, repr(pruner) != repr(Pruner()) or data is not None)
-        small = plan.apply(self.model)
-    return _compressed(self, small, plan)
+        else: plan = _given(plan, repr(pruner) != repr(Pruner()))
+        if plan.compensate and plan.data is None and data is None: data = self.dls     # a plan from a file
+        small = plan.apply(self.model, data, n_batches=n_batches)
+    return _compressed(self, small, replace(plan, data=None))

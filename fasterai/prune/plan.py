@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
+from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.modules import count_params
 from ..core.plan import Plan, Row
 from .cost import Costs
+from .compensate import compensate
 from .slicing import _where, _width, parameter_dim, slice_units
 from .units import Group, Member
 from .widths import Cost, allowed, check_steps, fit_widths
@@ -130,6 +132,10 @@ class PruningPlan(Plan):
     round_to: int = 1                   # widths in multiples of this
     min_keep: int = 1                   # units that stay at least
     table: Mapping = field(default_factory=dict, repr=False)    # fields of `Costs`
+    compensate: bool = False            # are the layers that read pruned units solved again? needs data
+    renorm: bool = True                 # and batch norms re-estimated?
+    data: Any = field(default=None, compare=False, repr=False)  # what it was made with, for `apply`; not saved
+    n_batches: int|None = field(default=None, compare=False, repr=False)    # of these data
     row,becomes = GroupPlan,'groups shrink'
     columns = dict(group='str', units='int64', kept='int64', kind='str', writers='str', readers='str', params='Int64', params_after='Int64',
                    macs='Int64', macs_after='Int64', error='float64', reason='str')
@@ -178,11 +184,18 @@ def groups(self:PruningPlan,
 
 @patch
 def apply(self:PruningPlan,
-    model: nn.Module,   # same architecture as the one planned for; left unchanged
-) -> nn.Module:         # a new model; what is left of the weights has its old values
-    "A copy of `model` without the units that go"
+    model: nn.Module,           # same architecture as the one planned for; left unchanged
+    data=None,                  # for the layers that make up for what goes; None for that of the plan
+    *,
+    n_batches: int|None = None, # batches of `data` to look at, None for all
+) -> nn.Module:                 # a new model
+    "A copy of `model` without the units that go, in which other layers make up for them"
+    if data is None: data,n_batches = self.data,self.n_batches
+    if self.compensate and self.replaced and data is None:
+        raise ValueError('the plan compensates, for which it needs data, which a file does not hold: pass plan.apply(model, data). '
+                         'plan.skeleton(model) makes the structure for an existing checkpoint.')
     before,gone = count_params(model),self.params - self.params_after
-    res = slice_units(model, self.groups(model), self.kept)
+    res = compensate(model, self, data, renorm=self.renorm, n_batches=n_batches) if self.compensate else self.skeleton(model)
     if (n := count_params(res)) != before - gone:
         raise RuntimeError(f'the result is not what was planned: it has {n:,} parameters, not {before - gone:,}.')
     return res
@@ -191,8 +204,8 @@ def apply(self:PruningPlan,
 def skeleton(self:PruningPlan,
     model: nn.Module,   # same architecture as the one planned for, on any device, meta too; left unchanged
 ) -> nn.Module:         # a new model
-    "The same as `apply`: the structure that `load_state_dict` fills"
-    return self.apply(model)
+    "A copy without the units that go, whatever is left of the weights as it was: the structure that `load_state_dict` fills"
+    return slice_units(model, self.groups(model), self.kept)
 
 # %% ../../nbs/prune/plan.ipynb #4125db58
 def _decided(row, n, costs, reason=''):

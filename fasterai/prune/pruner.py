@@ -16,11 +16,13 @@ from torch import nn
 from ..core.batches import _short, left_as_found
 from ..core.check import _numbers, first_batch
 from ..core.modules import select
+from ..core.surgery import _warn_user
 from .cost import count_macs, measure_costs
 from .groups import find_groups
 from .example import small_example
 from .plan import PruningPlan, row_of
-from .scores import Score, curve, score_units
+from .prices import price_units
+from .scores import curve, score_units
 from .speed import fit_latency
 from .widths import Unreachable, check_budget, check_steps
 
@@ -32,7 +34,10 @@ class Pruner:
         *,
         # what the budget counts, of the whole model: multiply-accumulates, parameters, or the time of a batch as measured here
         cost: Literal['macs','params','latency'] = 'macs',
-        score: Score = 'magnitude',             # which units go first: 'magnitude', 'taylor' (needs data) or 'random'
+        # which units go first: 'obs', those that the others replace best, and 'taylor' look at data; 'magnitude' and 'random' do not
+        score: Literal['obs','magnitude','taylor','random'] = 'obs',
+        compensate: bool = True,                # solve the layers that read them again, by least squares?
+        renorm: bool = True,                    # and re-estimate batch norms?
         heads: bool = True,                     # attention heads too?
         layers: str|Iterable[str]|None = None,  # only units that these layers write: names, containers, wildcards; None for all
         exclude: str|Iterable[str]|None = None, # all but these
@@ -41,14 +46,14 @@ class Pruner:
     ):
         check_budget(budget, 'macs' if cost == 'latency' else cost)
         check_steps(round_to=round_to, min_keep=min_keep)
-        if score not in ('magnitude','taylor','random'):
-            raise ValueError(f"score must be 'magnitude', 'taylor' or 'random', got {_short(score)}.")
+        if score not in ('obs','magnitude','taylor','random'):
+            raise ValueError(f"score must be 'obs', 'magnitude', 'taylor' or 'random', got {_short(score)}.")
         def names(x): return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else x
-        self.budget,self.cost,self.score,self.heads = budget,cost,score,heads
+        self.budget,self.cost,self.score,self.heads,self.compensate,self.renorm = budget,cost,score,heads,compensate,renorm
         self.layers,self.exclude,self.round_to,self.min_keep = names(layers),names(exclude),round_to,min_keep
 
     def __repr__(self):
-        usual = dict(cost='macs', score='magnitude', heads=True, layers=None, exclude=None, round_to=1, min_keep=1)
+        usual = dict(cost='macs', score='obs', compensate=True, renorm=True, heads=True, layers=None, exclude=None, round_to=1, min_keep=1)
         opts = ''.join(f', {k}={getattr(self, k)!r}' for k,v in usual.items() if getattr(self, k) != v)
         return f'Pruner({self.budget!r}{opts})'
 
@@ -62,11 +67,20 @@ def _left_out(model, groups, layers, exclude):
         res |= {n: 'not among layers=' for n in names if n not in chosen}
     return res | (dict.fromkeys(select(names, exclude, 'exclude', known), 'excluded') if exclude is not None else {})
 
+def _priced_rows(model, groups, prices, costs, left):
+    def row(g):
+        p = prices.get(g.name)
+        why = left.get(g.name) or ('' if p is not None or g.reason else prices.missing.get(g.name, 'nothing is known of it'))
+        return row_of(g, model, costs, order=() if p is None else p.order, errors=() if p is None else p.loss, reason=why)
+    return tuple(map(row, groups))
+
 def _rows(self, model, example, data, n_batches, loss, groups=None):
     "All groups with the order of their units, nothing decided; the costs of the model"
     groups = find_groups(model, example, heads=self.heads) if groups is None else groups
     left,costs = _left_out(model, groups, self.layers, self.exclude),measure_costs(model, example, groups)
-    scores = score_units(model, [g for g in groups if g.name not in left], self.score, data, n_batches=n_batches, loss=loss)
+    todo = [g for g in groups if g.name not in left]
+    if self.score == 'obs': return _priced_rows(model, groups, price_units(model, todo, data, n_batches=n_batches), costs, left), costs
+    scores = score_units(model, todo, self.score, data, n_batches=n_batches, loss=loss)
     which = 'params' if self.cost == 'params' else 'macs'
     price = dict(zip(costs.groups, costs.unit({})[:, ('params','macs').index(which)]/max(1, getattr(costs, which))))
     def row(g):
@@ -122,12 +136,18 @@ def plan(self:Pruner,
     if isinstance(data, Iterator): data = [*islice(data, n_batches)]
     batch = data if example is None else example
     example = small_example(model, batch)
-    if self.score == 'taylor' and data is None: raise ValueError("score='taylor' looks at gradients: pass data=, or score='magnitude'.")
+    if self.score in ('obs','taylor') and data is None:
+        what = 'gradients' if self.score == 'taylor' else 'activations'
+        raise ValueError(f"score={self.score!r} looks at {what}: pass data=, or score='magnitude'.")
+    if self.compensate and data is None:
+        _warn_user('without data the layers that read the pruned units are not solved again, and the model needs training: '
+                   'pass data= as well.')
     rows,costs = _rows(self, model, example, data, n_batches, loss)
     cost = 'params' if self.cost == 'params' else 'macs'
     whole = PruningPlan(rows, params=costs.params, cost=cost, round_to=self.round_to, min_keep=self.min_keep, table=asdict(costs))
     plan = _fitted(whole, self, model, example, batch)
-    return replace(plan, policy=f'{self!r}')
+    how = dict(compensate=True, renorm=self.renorm, data=data, n_batches=n_batches) if self.compensate and data is not None else {}
+    return replace(plan, policy=f'{self!r}', **how)
 
 @patch
 def prune(self:Pruner,

@@ -85,7 +85,7 @@ class PruneCallback(Callback):
         min_keep: int = 1,                      # units of a group that stay at least
         fname: str|None = None,                 # write the plan after each epoch, to `{fname}_{epoch}.json` beside the checkpoints?
     ):
-        self.pruner = Pruner(budget, cost=cost, score=score, heads=heads, layers=layers, exclude=exclude, round_to=round_to,
+        self.pruner = Pruner(budget, cost=cost, score=score, compensate=False, heads=heads, layers=layers, exclude=exclude, round_to=round_to,
                              min_keep=min_keep)
         self.schedule = SchedCos(1., budget) if schedule is None else schedule
         _check_times(self.schedule, budget, start, end, every)
@@ -158,7 +158,7 @@ def _planned(self:PruneCallback, share, whole):
     if (now := self._cost()/self._full) <= share: return
     p = copy(self.pruner)
     p.budget = share/now
-    return _fitted(whole(), p, self.model, self._example)
+    return _fitted(whole(), p, self.model, self._example, self._example)
 
 # %% ../../nbs/prune/training.ipynb #ab83911f
 def _validates(learn):
