@@ -20,7 +20,7 @@ from ..core.surgery import _warn_user
 from .repair import factored, norms_after, takes_constant
 from .scores import curve, per_unit, score_units
 from .slicing import _where
-from .units import Group, Member
+from .units import Group
 
 # %% ../../nbs/prune/prices.ipynb #cf1c8f27
 @dataclass(frozen=True, eq=False)
