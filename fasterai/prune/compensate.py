@@ -18,7 +18,7 @@ from .refit import refit_layers
 from .renorm import move_norms
 from .repair import norms_after, repaired, takes_constant
 from .slicing import _drops, _where, _width, slice_units
-from .units import Group, Member, check_kept
+from .units import Group, check_kept
 
 # %% ../../nbs/prune/compensate.ipynb #f2a9fa9a
 def _checked(model, names):

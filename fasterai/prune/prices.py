@@ -18,9 +18,9 @@ from ..core.inputs import InputCollector, Inputs
 from ..core.modules import find_linears
 from ..core.surgery import _warn_user
 from .repair import factored, norms_after, takes_constant
-from .scores import curve, score_units, summed
+from .scores import curve, per_unit, score_units
 from .slicing import _where
-from .units import Group, Member
+from .units import Group
 
 # %% ../../nbs/prune/prices.ipynb #cf1c8f27
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ def _wanda(model, groups, inputs):
         shape = [-1 if d == dim else 1 for d in range(m.weight.ndim)]
         values[f'{n}.weight'.lstrip('.')] = m.weight.detach().double().square()*square.view(shape)
     read = [replace(g, members=g.readers) for g in groups]
-    return {g.name: summed(model, g, values) for g in read}
+    return {g.name: per_unit(model, g, values) for g in read}
 
 def _by_score(model, groups, score, data, inputs, n_batches, seed):
     "Prices whose losses are sums of scores"

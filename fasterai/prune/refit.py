@@ -9,11 +9,10 @@ __all__ = ['refit_layers']
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from ..core.batches import Batches, _rng_kept, _seed, left_as_found
+from ..core.batches import Batches, _seed, left_as_found
 from ..core.collect import _Collector, _fine
 from ..core.convs import ConvSite, _features_last, conv_patches, find_convs
 from ..core.distributed import gathered, world
