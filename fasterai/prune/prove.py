@@ -108,10 +108,10 @@ def _tensors(self:_Bench, name):
 
 # %% ../../nbs/prune/prove.ipynb #3b7d4c29
 def _trials(g):
-    "Units of a group to keep in three trials: some, irregular, each time the same; all but one; a single one"
+    "Units of a group to keep in three trials: some, irregular, each time the same; all others; a single one"
     r = random.Random(g.name)
-    n = r.randint(max(1, g.units//3), max(1, 2*g.units//3))
-    return [sorted(r.sample(range(g.units), k)) for k in (n, g.units-1, 1)]
+    some = r.sample(range(g.units), r.randint(max(1, g.units//3), max(1, 2*g.units//3)))
+    return [sorted(us) for us in (some, {*range(g.units)} - {*some}, some[:1])]
 
 def _fault(bench, groups):
     "What is wrong when some units of all `groups` are gone; None if nothing is"
