@@ -203,6 +203,7 @@ STAYS = {
     'roll':      (lambda: Net(lambda s,x: s.b(s.a(x).roll(1, 1)), a=conv(3, 8), b=conv(8, 4)), image, 'a', 'computes something else'),
     'permuted':  (lambda: Net(lambda s,x: s.b(s.a(x)[:, [*range(1, 12), 0]]), a=nn.Linear(8, 12), b=nn.Linear(12, 2)), rows, 'a', ''),
     'rotated':   (lambda: nn.Sequential(conv(3, 8), Net(lambda s,x: torch.cat([x[:, 2:], x[:, :2]], 1)), conv(8, 4)), image, '0', ''),
+    'rotated_few': (lambda: nn.Sequential(conv(3, 4), Net(lambda s,x: torch.cat([x[:, 2:], x[:, :2]], 1)), conv(4, 4)), image, '0', ''),
     'softmax':   (lambda: nn.Sequential(nn.Linear(8, 12), nn.Softmax(-1), nn.Linear(12, 3)), rows, '0', 'computes something else'),
     'unshuffle': (lambda: nn.Sequential(conv(3, 4), nn.PixelUnshuffle(2), conv(16, 2)), image, '0', ''),
     'weight_norm': (parametrized, rows, '0', 'parametrized; torch.nn.utils.parametrize.remove_parametrizations'),

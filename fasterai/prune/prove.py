@@ -106,19 +106,21 @@ def _tensors(self:_Bench, name):
     if name in self.mods: return [t for k in ('weight','bias') if (t := getattr(self.mods[name], k, None)) is not None]
     return [self.model.get_parameter(name)]
 
-# %% ../../nbs/prune/prove.ipynb #3b7d4c29
+# %% ../../nbs/prune/prove.ipynb #f29376f1
 def _trials(g):
-    "Units of a group to keep in three trials: some, irregular, each time the same; all others; a single one"
-    r = random.Random(g.name)
-    some = r.sample(range(g.units), r.randint(max(1, g.units//3), max(1, 2*g.units//3)))
-    return [sorted(us) for us in (some, {*range(g.units)} - {*some}, some[:1])]
+    "Units of a group to keep in four trials: some, irregular, each time the same; the others; all but the first; all but the last"
+    r,n = random.Random(g.name),g.units
+    some = r.sample(range(n), r.randint(max(1, n//3), max(1, 2*n//3)))
+    # a slice by number in forward, from the beginning or from the end, takes other units as soon as one of these is gone
+    return [sorted(us) for us in (some, {*range(n)} - {*some}, range(1, n), range(n-1))]
 
 def _fault(bench, groups):
     "What is wrong when some units of all `groups` are gone; None if nothing is"
     written = {o.layer for g in groups for o in g.members if o.side != 'in'}
     watched = {o.layer for g in groups for o in g.readers} - written
-    for i in range(3):
-        kept = {g.name: _trials(g)[i] for g in groups}
+    trials = {g.name: _trials(g) for g in groups}
+    for i in range(4):
+        kept = {n: t[i] for n,t in trials.items()}
         with ExitStack() as stack:
             if i == 1: stack.enter_context(bench.louder(groups))
             with bench.masked(groups, kept): want,inside = bench.out(watched)
