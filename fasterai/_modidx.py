@@ -1708,6 +1708,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai/prune/training.py'),
                                          'fasterai.prune.training._joined': ('prune/training.html#_joined', 'fasterai/prune/training.py'),
                                          'fasterai.prune.training._last': ('prune/training.html#_last', 'fasterai/prune/training.py'),
+                                         'fasterai.prune.training._rarer': ('prune/training.html#_rarer', 'fasterai/prune/training.py'),
                                          'fasterai.prune.training._span': ('prune/training.html#_span', 'fasterai/prune/training.py'),
                                          'fasterai.prune.training._validates': ( 'prune/training.html#_validates',
                                                                                  'fasterai/prune/training.py'),

@@ -121,6 +121,17 @@ def test_a_schedule_that_rises_gives_nothing_back():
     learn = fit(learner(), 2, cbs=cb)
     assert len(cb.steps) == 1 and cb.steps[0].share <= .5
 
+@pytest.mark.parametrize('cost', ['macs', 'params'])
+def test_many_steps_empty_no_group(cost):
+    "Where the weights do not change, all groups shrink by similar shares"
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, 3, stride=2), nn.ReLU(),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    cb = PruneCallback(.3, cost=cost, every=1)
+    learn = fit(learner(net), 4, 0., wd=0., cbs=cb)
+    shares = [len(o.kept)/o.units for o in learn.plans[0].layers if o.can]
+    assert len(cb.steps) > 15 and len(shares) == 3 and .3 < min(shares) and max(shares) < .9, shares
+
 # The optimizer
 
 OPTS = dict(adam=Adam, sgd=partial(SGD, mom=.9), plain=SGD, ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW),

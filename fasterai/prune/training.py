@@ -49,7 +49,7 @@ def _span(epochs, n, every, start, end):
     last = min(math.floor(end*total/k + 1e-9), (total-1)//k)*k
     if last < first: raise ValueError(
         f'no step falls between start={start:g} and end={end:g} of this fit: it has {epochs} epochs of {n} batches, and with '
-        f'every={every!r} steps are due every {k} batches. Pass a smaller number, as every={max(1, int((end-start)*total/4))}, or train longer.')
+        f'every={every!r} steps are due every {k} batches. Pass a smaller number, as every={max(1, int((end-start)*total/4))}, or train more.')
     return first, last, k
 
 # %% ../../nbs/prune/training.ipynb #5924e8c0
@@ -143,13 +143,21 @@ def _last(learn):
 def _cost(self:PruneCallback):
     return count_params(self.model) if self.pruner.cost == 'params' else count_macs(self.model, self._example)
 
+def _rarer(rows, base):
+    "Scores are relative to the mean of a group as it is. Relative to that of `base`, a unit matters more the fewer are left: no group is emptied"
+    units = {o.name: o.units for o in base.layers}
+    return tuple(replace(o, errors=tuple(e*units[o.name]/o.units for e in o.errors)) if o.errors else o for o in rows)
+
 @patch
 def _whole(self:PruneCallback, score):
     "The model as it is, with the order in which its units go, nothing decided"
     p,learn = copy(self.pruner),self.learn
     p.score = score
-    groups = [g if g.kind != 'heads' or p.heads or g.reason else replace(g, reason='attention heads stay with heads=False') for g in self._groups]
-    rows,costs = _rows(p, self.model, self._example, learn.dls, 8, learn.loss_func, groups)
+    def asked(g):
+        off = g.kind == 'heads' and not p.heads and not g.reason
+        return replace(g, reason='attention heads stay with heads=False') if off else g
+    rows,costs = _rows(p, self.model, self._example, learn.dls, 8, learn.loss_func, [*map(asked, self._groups)])
+    if self._base is not None and score != 'taylor': rows = _rarer(rows, self._base)
     return PruningPlan(rows, params=costs.params, cost=p.cost, round_to=p.round_to, min_keep=p.min_keep, table=asdict(costs))
 
 @patch
