@@ -23,6 +23,7 @@ from fasterai.lowrank.search import RankSuggestion, rank_find
 from fasterai.lowrank.svd import spectrum
 from fasterai.misc.bn_folder import BN_Folder
 from fasterai.misc.fc_decomposer import FC_Decomposer
+from fasterai.prune.compensate import compensate
 from fasterai.prune.cost import count_macs
 from fasterai.prune.groups import find_groups
 from fasterai.prune.plan import PruningPlan

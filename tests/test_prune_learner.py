@@ -56,6 +56,7 @@ def test_prune_and_train():
     learn.uncompress()
     assert learn.model is dense and learn.plans == []
 
+@pytest.mark.slow
 def test_xresnet():
     learn = learner(xresnet18(n_out=3))
     learn.prune(.4)
@@ -137,6 +138,7 @@ class Watch(Callback):
         self.macs.append(count_macs(self.learn.model, torch.randn(2, 3, 32, 32)))
         self.live.append(live(self.learn))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['vision', 'unet'])
 def test_models_of_fastai(kind):
     from fastai.vision.all import CrossEntropyLossFlat, TensorCategory, TensorImage, TensorMask, resnet18, unet_learner, vision_learner
