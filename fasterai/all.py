@@ -23,10 +23,18 @@ from fasterai.lowrank.search import RankSuggestion, rank_find
 from fasterai.lowrank.svd import spectrum
 from fasterai.misc.bn_folder import BN_Folder
 from fasterai.misc.fc_decomposer import FC_Decomposer
+from fasterai.prune.compensate import compensate
+from fasterai.prune.cost import count_macs
+from fasterai.prune.groups import find_groups
+from fasterai.prune.plan import PruningPlan
+from fasterai.prune.pruner import Pruner
+from fasterai.prune.slicing import slice_units
+from fasterai.prune.training import PruneCallback
 from fasterai.quantize.formats import Half, Int
 from fasterai.quantize.layers import QuantLinear, unpack
 from fasterai.quantize.plan import QuantizationPlan
 from fasterai.quantize.policies import ByteBudget
 from fasterai.quantize.quantizer import Quantizer
 # methods of the Learner
-import fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank, fasterai.quantize.learner as _quantize
+import fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank
+import fasterai.prune.learner as _prune, fasterai.quantize.learner as _quantize

@@ -1,6 +1,6 @@
 "Batch norms disappear, and nothing else changes: the unfolded model, run in float64, is the oracle"
 import copy, io, json, pickle, random, re, weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastaiLoader
@@ -452,10 +452,11 @@ def test_branches_on_values_are_noticed(how):
 def test_no_note_without_branches(): assert 'branch' not in plan_of(cnn(), img()).note
 
 def test_a_network_with_reparameterize_is_told_so():
-    m = cnn()
-    m.__class__ = type('Branched', (nn.Sequential,), dict(reparameterize=lambda self: None))
+    m = nn.Sequential(cnn(), nn.ReLU(), nn.BatchNorm1d(5)).eval()
+    m[0].__class__ = type('Branched', (nn.Sequential,), dict(reparameterize=lambda self: None))
     note = plan_of(m, img()).note
-    assert 'reparameterize()' in note and 'first' in note
+    assert "'0' has reparameterize()" in note and 'first' in note
+    assert not plan_of(m[0], img()).note       # nothing is left that it could merge
 
 def fresh(n=8):
     "Norms as they are made: mean 0, variance 1. Their fold changes next to nothing, so a wrong one is hardly seen in float32"
@@ -493,7 +494,7 @@ def test_what_cannot_be_checked_is_said():
     assert not plan_of(cbn(lambda s,x: s.bn(s.conv(x)) + torch.rand(1))().eval(), img()).note
     m = cbn(lambda s,x: s.bn(s.conv(x)) + next(n))().eval()
     plan = plan_of(m, img())
-    assert 'not checked' in plan.note and rows(plan) == {'bn': ('back', ('conv',))}
+    assert 'outputs of layers were checked' in plan.note and rows(plan) == {'bn': ('back', ('conv',))}
     m = cbn(lambda s,x: s.bn(s.conv(x @ torch.eye(12))))().eval()        # float32 only
     plan = plan_of(m, img())
     assert rows(plan) == {'bn': ('back', ('conv',))} and 'float64' in plan.note
@@ -884,3 +885,80 @@ def test_tabular_learner():
     plan = learn.plans[0]
     assert len(plan.replaced) == len(plan) == 3 and {o.way for o in plan.layers} == {'forward'} and not norms(learn.model)
     with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], before, rtol=1e-5, atol=1e-6)
+
+# ------------------------------------------------------------------ what users met
+
+def test_a_checkpoint_of_a_folded_model_is_refused(tmp_path):
+    "Before anything is loaded: folded weights under live norms would ruin the model"
+    x,y = torch.randn(16, 3, 12, 12),torch.randint(0, 5, (16,))
+    dls = DataLoaders.from_dsets([*zip(x, y)], [*zip(x, y)], bs=8, device='cpu')
+    learn = Learner(dls, cnn(), loss_func=nn.CrossEntropyLoss(), path=tmp_path)
+    want = outputs(learn.model, [img()])
+    learn.fold_bn().save('folded')
+    learn.uncompress()
+    with pytest.raises(ValueError, match="'folded' holds a model without norms.*Nothing was loaded.*fold_bn"): learn.load('folded')
+    assert all(map(torch.equal, outputs(learn.model, [img()]), want))
+    assert not norms(learn.fold_bn().load('folded').model)
+
+def test_plans_of_other_kinds_are_refused():
+    learn = Learner(DataLoaders([]), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), loss_func=nn.MSELoss())
+    for plan in (FC_Decomposer(.5).plan(learn.model), 'plan.json', BN_Folder()):
+        with pytest.raises(TypeError, match='plan must be a FoldPlan'): learn.fold_bn(plan=plan)
+
+def test_loaders_without_n_inp_are_read_as_a_learner_does():
+    "All items but the last are inputs"
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.bn = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4)
+        def forward(self, x, z=None): return self.bn(self.conv(x)) + (0 if z is None else self.conv(z))
+    items = [(torch.randn(3, 12, 12), torch.randn(3, 12, 12), torch.tensor(0)) for _ in range(4)]
+    dl = torch.utils.data.DataLoader(items, batch_size=2)
+    assert not plan_of(Two().eval(), DataLoaders(dl, dl))['bn'].changed
+
+@dataclass
+class Out: logits: torch.Tensor
+
+def test_outputs_in_a_dataclass_are_checked():
+    m = cbn(lambda s,x: Out(s.bn(s.conv(x))*(2 if isinstance(s.bn, nn.BatchNorm2d) else 1)))().eval()
+    assert 'failed the check' in plan_of(m, img())['bn'].reason
+
+def test_an_output_that_jumps_is_checked_at_its_layers():
+    m = cbn(lambda s,x: (s.bn(s.conv(x))*1e14).round() % 10)().eval().double()
+    plan = plan_of(m, img(dtype=torch.float64))
+    assert plan['bn'].changed and 'jumps' in plan.note
+
+def test_frozen_norms_with_an_activation_keep_it():
+    class FrozenAct(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            for k in ('weight','bias','running_mean','running_var'): self.register_buffer(k, torch.rand(n, generator=torch.Generator().manual_seed(1)) + .5)
+            self.eps,self.act = 1e-5,nn.SiLU(inplace=True)
+        def forward(self, x): return self.act(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps))
+    FrozenAct.__name__ = 'FrozenBatchNormAct'
+    m,x = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenAct(4)).eval().double(),img(dtype=torch.float64)
+    small = BN_Folder(types=FrozenAct).fold(m, x)
+    assert isinstance(small[1], nn.SiLU) and rel(outputs(small, [x]), outputs(m, [x])) < 1e-9
+
+@pytest.mark.parametrize('m,text', [(nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.ReLU()), 'its input comes from relu')])
+def test_in_place_steps_are_named(m, text): assert text in plan_of(m.eval(), rand(2, 3).float())['2'].reason
+
+def test_without_forward_the_reason_names_it():
+    m = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4)).eval()
+    assert 'forward=False' in plan_of(m, rand(2, 3).float(), forward=False)['0'].reason
+
+def test_models_without_values_and_data_without_rows():
+    m = cnn()
+    with pytest.raises(ValueError, match='fold the model first'): BN_Folder().plan(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
+    with pytest.raises(ValueError, match="'0' is not initialized yet"): plan_of(nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)), img())
+    with pytest.raises(ValueError, match='has no rows'): plan_of(m, img()[:0])
+    with pytest.raises(TypeError, match='types takes classes'): BN_Folder(types='FrozenBatchNorm2d')
+    assert 'has no running_mean' in plan_of(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)).eval(), rand(2, 3).float(), types=nn.LayerNorm)['1'].reason
+
+def test_a_list_that_is_cut_is_said():
+    assert 'the first 1 of 2 batches' in plan_of(cnn(), [img(), img()]).note and not plan_of(cnn(), [img(), img()], n_batches=None).note
+    with pytest.warns(UserWarning, match='the first 1 of 2 batches'): BN_Folder().fold(cnn(), [img(), img()])
+
+def test_a_layer_that_pads_does_not_take_a_plan_of_one_that_does_not():
+    plan = plan_of(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)).eval(), img())
+    with pytest.raises(ValueError, match="'1'.*zero padding"): plan.apply(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)).eval())

@@ -57,7 +57,7 @@ RULES = {'kept': (dataflow.Trace, 'readers', ignore_kept), 'readers': (dataflow.
 
 def faulty(seed):
     try: return fold(seed)[2] > TOL
-    except (IndexError, RuntimeError): return True
+    except (IndexError, RuntimeError, ValueError): return True
 
 @pytest.mark.parametrize('rule', RULES)
 def test_without_a_rule_there_are_faults(rule, monkeypatch):

@@ -123,8 +123,9 @@ def args(self:Batches,
 def _n_inp(self:Batches, model, batch):
     "Of plain datasets, fastai takes the last item for the target; it is none where it is a mask"
     n,dl = self.n_inp,self.dls.train if self.loaders else self.dls
-    guessed = n == 1 and _is_tuple(batch) and len(batch) == 2 and not hasattr(dl.dataset, 'n_inp')
-    return None if guessed and _recognized(_Forward(model), *_plain([batch[0], batch[1:]])) else n
+    if n is None and self.loaders and _is_tuple(batch) and len(batch) > 2: n = len(batch) - 1     # as a Learner does
+    guessed = n is not None and _is_tuple(batch) and len(batch) == n + 1 and not hasattr(dl.dataset, 'n_inp')
+    return None if guessed and len(batch)-2 in _recognized(_Forward(model), *_plain([batch[0], batch[1:]])) else n
 
 # %% ../../nbs/core/batches.ipynb #03b5cc08
 @contextmanager

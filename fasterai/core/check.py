@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import is_dataclass
 from itertools import chain
 import torch
 from torch import nn
@@ -65,8 +66,9 @@ _RTOL = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bf
 
 def _numbers(o) -> list:
     "All tensors in an output"
-    if isinstance(o, torch.Tensor): return [o]
+    if isinstance(o, torch.Tensor): return [o if o.layout is torch.strided or o.is_nested else o.to_dense()]
     if isinstance(o, Mapping): o = list(o.values())
+    if is_dataclass(o): o = list(vars(o).values())
     return [t for c in o for t in _numbers(c)] if isinstance(o, (list, tuple)) else []
 
 def _differs(a: list, b: list) -> bool:

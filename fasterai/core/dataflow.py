@@ -127,10 +127,10 @@ def __torch_function__(self:Trace, func, types, args=(), kwargs=None):
     self._open.append(c.index)
     try: out = func(*args, **kwargs)
     finally: self._open.pop()
-    writes = name.endswith('_') and name[-2:] != '__' or name.startswith('__i') or 'out' in kwargs
     for o in tree_iter(out):
         if not isinstance(o, torch.Tensor): continue
-        if writes or not any(o is t for t in ins): self._made[o] = c.index  # what is handed through was made before
+        # what is handed through was made before, unless it was written to
+        if c.index in self.writes[self._key(o)] or not any(o is t for t in ins): self._made[o] = c.index
         c.outs.append(self.ref(o))
     if name == '__setitem__': self._made[args[0]] = c.index
     return out
@@ -175,8 +175,8 @@ def arg(self:Call,
 _T = torch.Tensor
 _DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout})
 _AVERAGES = frozenset({F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d})
-MOVES = _DROPOUTS | _AVERAGES | frozenset({_T.view, _T.view_as, _T.reshape, _T.reshape_as, torch.reshape, _T.flatten, torch.flatten, _T.unflatten,
-    torch.unflatten, _T.permute, torch.permute, _T.transpose, torch.transpose, _T.swapaxes, torch.swapaxes, _T.movedim, torch.movedim,
+MOVES = _DROPOUTS | _AVERAGES | frozenset({_T.view, _T.view_as, _T.reshape, _T.reshape_as, torch.reshape, _T.flatten, torch.flatten,
+    _T.unflatten, torch.unflatten, _T.permute, torch.permute, _T.transpose, torch.transpose, _T.swapaxes, torch.swapaxes, _T.movedim, torch.movedim,
     _T.t, torch.t, _T.T.__get__, _T.mT.__get__, _T.squeeze, torch.squeeze, _T.unsqueeze, torch.unsqueeze, _T.expand_as, _T.contiguous,
     _T.clone, torch.clone,
     _T.detach, torch.detach, _T.data.__get__, _T.__getitem__, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.pad})

@@ -114,11 +114,14 @@ def _check_now(learn, what):
     if isinstance(learn.model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise RuntimeError(f'learn.{what} cannot run in a fit whose model is wrapped in {type(learn.model).__name__}: call it before or after fit.')
 
-def _continue(learn, old):
-    "A new optimizer for a fit that runs, with the hyperparameters of `old`"
-    for m in learn.model.modules():     # hooks of callbacks that run: theirs are the ones on the old model, and only those go at the end
+def _unhook(model):
+    "Take hooks of callbacks that run off a copy: theirs are the ones on the old model, and only those go at the end"
+    for m in model.modules():
         for hooks in (m._forward_hooks, m._backward_hooks):
             for k in [k for k,f in hooks.items() if isinstance(getattr(f, '__self__', None), Hook)]: del hooks[k]
+
+def _continue(learn, old):
+    "A new optimizer for a fit that runs, with the hyperparameters of `old`"
     learn.create_opt()
     if len(old.hypers) != len(learn.opt.hypers):
         raise RuntimeError(f'the splitter makes {len(learn.opt.hypers)} parameter groups of the model after learn.decompose, and made '
@@ -130,12 +133,14 @@ def _continue(learn, old):
 # %% ../../nbs/core/learner.ipynb #29a2846f
 _STATE = 'model opt _dense'.split()
 
-def _swap(learn, model, kept):
-    "Replace the model of `learn`, and its optimizer if a fit runs; all or nothing"
+def _swap(learn, model, kept, go_on=_continue):
+    "Replace the model of `learn`, and its optimizer if a fit runs: `go_on(learn, old)` sets a new one; all or nothing"
     was = {k: learn.__dict__[k] for k in _STATE if k in learn.__dict__}
     learn.model,learn.opt,learn._dense = model,None,kept
     try:
-        if was.get('opt') is not None and _running(learn, 'fit'): _continue(learn, was['opt'])
+        if was.get('opt') is not None and _running(learn, 'fit'):
+            _unhook(model)
+            go_on(learn, was['opt'])
         elif kept is not None: _check_groups(learn, _planned_groups(learn))
     except BaseException:
         for k in _STATE: learn.__dict__.pop(k, None)
@@ -184,10 +189,20 @@ def _check_checkpoint(file, kept, model, state, prefix, metadata, strict, *args)
     if other: raise ValueError(f'{str(file)!r} holds a model that was decomposed to other ranks ({_some(other)}). Nothing was loaded. '
                                'Decompose by the same plan first: learn.undecompose(), then learn.decompose(plan=…).')
     has = model.state_dict().keys()
+    norms = {key(n, k) for n,m in mods.items() if hasattr(m, 'running_var') for k in m.state_dict()}
+    if kept is None and strict and (lost := has - state.keys()) and lost <= norms and has & state.keys():
+        raise ValueError(f'{str(file)!r} holds a model without norms that this Learner has ({_some(sorted(lost))}). Nothing was loaded. '
+                         'If they were folded, fold them here first: learn.fold_bn().')
     if kept is not None and strict and has & state.keys() and has != state.keys():
         odd = [*(has - state.keys()), *(state.keys() - has)]
         raise ValueError(f'{str(file)!r} holds another model than the compressed one of this Learner ({_some(sorted(odd))}). Nothing was loaded. '
                          'If it is the dense one, call learn.uncompress() first.')
+    wide = [k for k,v in model.state_dict().items() if k in state and state[k].shape != v.shape] if kept is not None else ()
+    if wide: raise ValueError(f'{str(file)!r} holds a model of other widths ({wide[0]!r} is {_shape(state[wide[0]])} there and '
+        f'{_shape(model.state_dict()[wide[0]])} here). Nothing was loaded. A checkpoint fits the model of its time: '
+        'go back with learn.uncompress(), and apply the plan that was in learn.plans when it was saved.')
+
+def _shape(t): return '×'.join(map(str, t.shape)) or 'a number'
 
 def _some(names): return ', '.join(map(repr, names[:3])) + ', …'*(len(names) > 3)
 

@@ -41,7 +41,7 @@ class Finder:
         self.layers = {c.index: c.module if _has(c.module, w) else of[w] for c in calls if (w := _owner(c, 'weight')) in of}
         self.calls = defaultdict(list)      # id of a layer -> its calls
         for i,o in self.layers.items(): self.calls[id(o)].append(trace.calls[i])
-        stats = {id(m.running_mean): ns[0] for ns,m in self.norms if m.running_mean is not None}
+        stats = {id(m.running_mean): ns[0] for ns,m in self.norms if getattr(m, 'running_mean', None) is not None}
         self.runs = {c.index: n for c in trace.calls if c.func in NORMS and (n := stats.get(_owner(c, 'running_mean'))) is not None}
         # the second layer of each low-rank pair by the id of the first
         self.seconds = {id(p[0]): p[1] for p in m.modules() if is_pair(p)}
@@ -210,8 +210,7 @@ def _check_pair(self:Finder, first, second):
 @patch
 def _row(self:Finder, names, m, reasons):
     "The decision about norm `m`, and the calls that it no longer makes"
-    mean = m.running_mean if m.running_mean is not None else m.weight
-    n = getattr(m, 'num_features', 0) if mean is None else len(mean)
+    n = next((len(t) for k in ('running_mean','weight') if (t := getattr(m, k, None)) is not None), getattr(m, 'num_features', 0))
     own = sum(p.numel() for p in m.parameters(recurse=False))
     row = dict(name=names[0], kind=type(m).__name__, channels=n, aliases=names[1:], params=own)
     if names[0] in reasons: return FoldRow(**row, reason=reasons[names[0]]), ()
@@ -230,7 +229,8 @@ def _row(self:Finder, names, m, reasons):
 def _way(self:Finder, uses, n):
     try: return 'back', *self._back(uses, n)
     except Stays as back:
-        if not self.forward or uses[0].tail: raise
+        if not self.forward: raise Stays(f'{back}; forward=False') from None
+        if uses[0].tail: raise
         try: return 'forward', *self._forward(uses, n)
         except Stays as forward: raise Stays(f'{back}; {forward}') from None
 

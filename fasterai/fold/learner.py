@@ -9,10 +9,11 @@ __all__ = []
 from collections.abc import Iterable
 from fastai.learner import Learner
 from fastcore.basics import patch
+from ..core.batches import _short
 from ..core.learner import _check_now, _compressed
 from ..core.surgery import _warn_user
 from .plan import FoldPlan
-from ..misc.bn_folder import BN_Folder
+from ..misc.bn_folder import BN_Folder, warn_of
 
 # %% ../../nbs/fold/learner.ipynb #a7c12759
 @patch
@@ -29,11 +30,14 @@ def fold_bn(self:Learner,
 ) -> Learner:                                   # itself
     "Replace the model by its folded copy and drop the optimizer; `learn.plans` shows what was folded, `learn.uncompress()` goes back"
     _check_now(self, 'fold_bn')
+    if plan is not None and not isinstance(plan, FoldPlan):
+        raise TypeError(f'plan must be a FoldPlan, such as BN_Folder().plan makes, got {_short(plan)}.')
     if plan is not None and (layers is not None or exclude is not None or types or not forward):
         raise ValueError('plan= is given, which has decided about each norm: leave out layers, exclude, forward and types.')
     if plan is None:
         folder = BN_Folder(layers=layers, exclude=exclude, forward=forward, types=types)
         plan = folder.plan(self.model, self.dls if data is None else data, n_batches=n_batches, check=check)
+        warn_of(plan)
     if not plan.replaced:
         _warn_user(f'no norm can be folded, and nothing was changed: {plan.skipped[0].reason if plan.skipped else "the model has none"}.')
         return self

@@ -38,6 +38,8 @@ def norm_reason(
 ) -> str:                       # '' where nothing stands against it
     "Why norm `m` cannot be folded, as far as it can be seen without running the model"
     kind = type(m).__name__
+    if lacks := [k for k in ('running_mean','running_var','weight','bias','eps') if not hasattr(m, k)]:
+        return f'{kind} has no {" and no ".join(lacks)}, so what it computes is not known'
     if not isinstance(m, (_BatchNorm, *types)):
         return f'{kind} is not a batch norm of PyTorch; pass types=({kind},) if it computes the same'
     if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params(): return 'not initialized yet; run one batch through the model first'
@@ -84,15 +86,26 @@ def norm_uses(
     m: nn.Module,       # one of `find_norms` that has no `norm_reason`
 ) -> list[Use]:
     "All runs of norm `m`; raises `Stays` with the reason where it does more than batch norm in eval mode"
-    if not isinstance(m, _BatchNorm):       # of a class that the user named: whatever it calls is the norm
-        return [Use(v.input, v.output, frozenset(range(v.start, v.stop))) for v in tr.visits
-                if v.module is m and v.input is not None and v.output is not None]
+    mine = [v for v in tr.visits if v.module is m and v.input is not None and v.output is not None]
+    res = _own_uses(tr, m) if isinstance(m, _BatchNorm) else [_whole(tr, v) for v in mine]
+    if len({u.tail for u in res}) > 1: raise Stays('its calls differ in what follows')
+    return res
+
+def _whole(tr, v):
+    "Run `v` of a class that the user named: whatever it calls is the norm, but for modules of its own at the end"
+    now,stop,tail = v.output,v.stop,[]
+    for w in reversed([w for w in tr.visits if w.parent is v]):
+        if w.output != now or w.input is None: break
+        now,stop = w.input,w.start
+        tail.insert(0, w.module)
+    return Use(v.input, now, frozenset(range(v.start, stop)), tuple(tail))
+
+def _own_uses(tr, m):
     res = []
     for c in tr.calls:
         if c.func not in NORMS or getattr(c.arg('running_mean'), 'owner', None) != id(m.running_mean): continue
         if c.arg('training', False): raise Stays('uses batch statistics')
         res.append(Use(c.arg('input'), c.outs[0], frozenset([c.index]), _tail(tr, _own_visit(tr, m, c), c)))
-    if len({u.tail for u in res}) > 1: raise Stays('its calls differ in what follows')
     return res
 
 # %% ../../nbs/fold/norms.ipynb #35c071fc
@@ -113,4 +126,4 @@ def check_own(
         check_finite(name, {k: t})
         if others := tr.reads.get(t.untyped_storage()._cdata, set()) - own: raise Stays(f'its {k} is also read by {_callers(tr, others)}')
     if any(len({u.input.dtype, u.output.dtype, m.running_var.dtype}) > 1 for u in uses):
-        raise Stays('its input, output and statistics differ in dtype')
+        raise Stays('its input, output and statistics differ in dtype: convert the model to one dtype, and fold it outside of autocast')

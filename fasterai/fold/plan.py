@@ -59,7 +59,8 @@ class FoldRow(Row):
         return f'a {type(m).__name__}' if hasattr(m, 'running_var') else None
     @classmethod
     def from_dict(cls, d: dict) -> 'FoldRow':
-        if d['way'] not in ('', 'back', 'forward') or not isinstance(d['channels'], int): raise ValueError(f'{d["name"]!r} has no such way or channels')
+        if d['way'] not in ('', 'back', 'forward') or not isinstance(d['channels'], int):
+            raise ValueError(f'{d["name"]!r} has no such way or channels')
         return super().from_dict(d | dict(targets=[Target.from_dict(o) for o in d.get('targets', ())]))
 
 # %% ../../nbs/fold/plan.ipynb #ca58a28b
@@ -114,6 +115,12 @@ def _expect(ok, name, what, mods):
     has = 'no such module' if m is None else f'{type(m).__name__}({", ".join(sizes)})'
     raise ValueError(f'plan expects {name or "the model"!r} to be {what}, the model has {has}. Was the plan made for another model?')
 
+def _zero_padded(m):
+    "Is `m` a convolution that pads with zeros by an argument of its own?"
+    p = getattr(m, 'padding', 0)
+    some = any(k > 1 for k in m.kernel_size) if p == 'same' else p != 'valid' and any(p) if isinstance(p, (tuple, str)) else bool(p)
+    return some and getattr(m, 'padding_mode', 'zeros') == 'zeros'
+
 def _features(m, way):
     "Channels that layer `m` writes (`way='back'`) or reads; None if it is no layer"
     w = getattr(m, 'weight', None)
@@ -132,9 +139,11 @@ def check(self:FoldPlan,
     for o in self.replaced:
         var = getattr(mods.get(o.name), 'running_var', None)
         _expect(var is not None and len(var) == o.channels, o.name, f'{o.kind} of {o.channels} channels', mods)
+        _expect(model.training or not mods[o.name].training, o.name, 'in eval mode', mods)
         for t in o.targets:
             n = len(t.channels) or o.channels
             _expect(_features(mods.get(t.layer), o.way) == n, t.layer, f'a layer of {n} {"outputs" if o.way == "back" else "inputs"}', mods)
+            _expect(o.way == 'back' or not _zero_padded(mods[t.layer]), t.layer, 'without zero padding', mods)
             _expect(not t.shift or _features(mods.get(t.shift), 'back') is not None, t.shift, 'the second layer of a pair', mods)
         for n in o.tail: _expect(n in mods, n, f'a part of {o.name!r}', mods)
     if self.params and (n := count_params(model)) != self.params:

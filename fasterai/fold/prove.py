@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 from ..core.batches import Batches, _explained, _seed, left_as_found
 from ..core.check import _FAILS, _numbers
 from ..core.surgery import _become, copy_with
@@ -66,8 +66,12 @@ def mk_runs(
         _seed()
         for i,batch in enumerate(b):
             args,kw,_ = ((), {}, ()) if b.fn else b.args(model, batch)
+            if any(isinstance(t, torch.Tensor) and t.ndim and not len(t) for t in tree_iter((args, kw))):
+                raise ValueError(f'batch {i} of data has no rows: pass one that has.')
             res.append(Run(args, kw, b.fn, partial(_explained, b, model, batch, i, args, kw)))
-    if not res: raise ValueError('data has no batches. An iterator can be gone through only once: pass a list.')
+    if not res:
+        raise ValueError('data has no batches. An exported Learner holds no items, and an iterator can be gone through only once: '
+                         'pass a batch, data=x.')
     return res
 
 # %% ../../nbs/fold/prove.ipynb #d9e7b8a4
@@ -124,7 +128,13 @@ def _error(a, b, least=0.):
         res = max(res, (e/max(_TOL.get(x.dtype, 0.) or 1e-9, least), e))
     return res
 
-# %% ../../nbs/fold/prove.ipynb #ab329cb5
+# %% ../../nbs/fold/prove.ipynb #eeff02cd
+def _sites(rows):
+    "Names of modules whose outputs stay the same when `rows` are folded"
+    via,back = {n for o in rows for n in o.via},[o for o in rows if o.way == 'back']
+    changed = {n for o in back for n in o.into}
+    return {o.name for o in back} - via | {n for o in rows if o.way == 'forward' for n in o.into} - changed
+
 class _Copy:
     "A copy of the model with random norms, and its output"
     def __init__(self, model, runs, norms, dtype):
@@ -138,22 +148,44 @@ class _Copy:
         self.runs,self.dtype,self.least = runs,dtype,_TOL.get(own, 1e-5)
         self.want = self.out()
 
-    def out(self):
-        with as_used(self.model), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            _seed()
-            return [t for run in self.runs for t in _numbers(run(self.model, self.dtype))]
+    def out(self, sites=()):
+        "All tensors in the output, or in the outputs of the modules `sites`"
+        seen,mods = [],dict(self.model.named_modules(remove_duplicate=False))
+        def keep(m, args, y): seen.extend(o.clone() for o in _numbers(y))
+        hooks = [mods[n].register_forward_hook(keep) for n in sorted(sites)]
+        try:
+            with as_used(self.model), warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                _seed()
+                res = [t for run in self.runs for t in _numbers(run(self.model, self.dtype))]
+        finally:
+            for h in hooks: h.remove()
+        return seen if sites else res
+
+    @cached_property
+    def jumps(self) -> bool:
+        "Does the output of the model change a lot when its weights change in their last digits?"
+        ps,g = [p for p in self.model.parameters() if p.is_floating_point()],torch.Generator().manual_seed(0)
+        old = [p.clone() for p in ps]
+        for p in ps: p.mul_(1 + 4*torch.finfo(p.dtype).eps*torch.randn(p.shape, generator=g).to(p))
+        try: return _error(self.want, self.out(), self.least)[0] > 1
+        except _FAILS: return True
+        finally:
+            for p,o in zip(ps, old): p.copy_(o)
 
     def fault(self, rows) -> str:
         "What is wrong when `rows` are folded, '' for nothing"
         try:
             with _folded(self.model, rows): ratio,e = _error(self.want, self.out(), self.least)
+            if ratio > 1 and self.jumps and (sites := _sites(rows)):
+                want = self.out(sites)
+                with _folded(self.model, rows): ratio,e = _error(want, self.out(sites), self.least)
         except _FAILS as e: return f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no text"}'
         return '' if ratio <= 1 else f'relative error {e:.1e}'
 
     def blind(self) -> str:
         "Why nothing can be compared, '' if it can"
-        if not self.want: return 'the model returns no tensor'
+        if not self.want: return 'no tensor was found in what the model returns'
         return '' if any(t.isfinite().any() and t.any() for t in self.want) else 'the output is zero or not finite'
 
     def repeats(self) -> bool: return _error(self.want, self.out(), self.least)[0] <= 1
@@ -168,6 +200,8 @@ def _first_fault(copy, rows):
         if w := copy.fault(rows[:mid]): hi,why = mid,w
         else: lo = mid
     return rows[hi-1], why
+
+_JUMPS = 'the output jumps with the last digits of the weights (sorting?), so outputs of layers were checked'
 
 @torch.no_grad()
 def prove(
@@ -187,6 +221,6 @@ def prove(
     if why := copy.blind(): return plan, f'not checked: {why}'
     while True:
         bad,why = _first_fault(copy, in_order(plan.replaced))
-        if bad is None: return plan, note
+        if bad is None: return plan, '; '.join(filter(None, [note, _JUMPS if vars(copy).get('jumps') else '']))
         if not copy.repeats(): return plan, 'not checked: two runs of the model differ'
         plan = plan._left({bad.name: f'failed the check: {why}'})
