@@ -28,7 +28,6 @@ from fasterai.prune.cost import count_macs
 from fasterai.prune.groups import find_groups
 from fasterai.prune.plan import PruningPlan
 from fasterai.prune.pruner import Pruner
-from fasterai.prune.slicing import slice_units
 from fasterai.prune.training import PruneCallback
 from fasterai.quantize.formats import Half, Int
 from fasterai.quantize.layers import QuantLinear, unpack

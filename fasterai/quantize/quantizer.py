@@ -25,7 +25,7 @@ from .layers import QuantLayer
 from .measure import Pricer, moments_for
 from .packing import int8_works
 from .plan import QuantizationPlan, QuantRow, _check_finite, _mark, model_bytes
-from .policies import ByteBudget, Price, mk_bits
+from .policies import ByteBudget, LayerPrice, mk_bits
 from .rounding import Rounding
 
 # %% ../../nbs/quantize/quantizer.ipynb #3548053e
@@ -158,7 +158,7 @@ def _pricer(self:Quantizer, s, stats): return Pricer(s, stats.get(s.name), stats
 
 @patch
 def _prices(self:Quantizer, sites, stats):
-    if not isinstance(self.policy, ByteBudget): return {s.name: Price(s.names, 0, len, float) for s in sites}
+    if not isinstance(self.policy, ByteBudget): return {s.name: LayerPrice(s.names, 0, len, float) for s in sites}
     sites = [s for s in sites if not isinstance(s, EmbeddingSite)]
     pricers = {s.name: self._pricer(s, stats) for s in sites}
     most = max([p.error(p.W, p.H) for p in pricers.values() if p.H is not None and p.S is not None], default=1.)
@@ -167,7 +167,7 @@ def _prices(self:Quantizer, sites, stats):
         def loss(f):
             c = p(_for(s, f))
             return c.error**2*most if c.loss is None else max(0., c.loss)
-        return Price(s.names, s.module.weight.nbytes, partial(weight_bytes, m=m, n=n), loss, lambda f: _can(s, f) is None)
+        return LayerPrice(s.names, s.module.weight.nbytes, partial(weight_bytes, m=m, n=n), loss, lambda f: _can(s, f) is None)
     return {s.name: price(s) for s in sites}
 
 @patch
