@@ -155,3 +155,26 @@ def test_models_of_fastai(kind):
     assert live(learn)
     learn.unfreeze()
     quiet(learn)
+
+# The smallest budget
+
+def test_prune_find():
+    learn = quiet(learner(), 6)
+    model,want = learn.model,learn.validate()[1]
+    found = learn.prune_find(max_drop=.05, show_plot=False, ratios=(.8, .5, .3), refine=1)
+    assert learn.model is model and found.dense == pytest.approx(want) and found.value >= want - .05 - 1e-6
+    assert found.frame.ratio.is_monotonic_decreasing and len(found.frame) >= 3 and found.frame.ok.any()
+    smaller = [o.ratio for o in found.frame.itertuples() if o.ok]
+    assert found.ratio == min(smaller) and found.plan.macs_after <= found.ratio*found.plan.macs
+    assert learn.prune(plan=found).validate()[1] == pytest.approx(found.value)
+    assert len(learn.plans) == 1 and learn.uncompress().model is model
+
+def test_what_prune_find_refuses():
+    learn = learner()
+    with pytest.raises(ValueError, match='max_drop must not be negative'): learn.prune_find(-1)
+    with pytest.raises(TypeError, match='ratios must be a list of budgets'): learn.prune_find(ratios=.5)
+    with pytest.raises(ValueError, match="metric='f1' is not among"): learn.prune_find(metric='f1')
+    with pytest.raises(ValueError, match='no layer matches'): learn.prune_find(exclude='nope')
+    none = learn.prune_find(0., show_plot=False, ratios=(.05,), refine=0, score='magnitude', compensate=False, metric='valid_loss')
+    if none.plan is None:
+        with pytest.raises(ValueError, match='found no budget that keeps the metric'): learn.prune(plan=none)
