@@ -603,6 +603,7 @@ def test_trained_scales_are_used():
 
 def test_self_distillation():
     from fasterai.core.distill import SelfDistillation
+    torch.manual_seed(0)
     learn = Learner(dls_of(), mlp(), loss_func=nn.CrossEntropyLoss())
     teacher,x = copy.deepcopy(learn.model),torch.stack([o for o,_ in learn.dls.valid_ds])
     with learn.no_bar(), learn.no_logging():
