@@ -208,7 +208,7 @@ def load_compressed(
     model: nn.Module|Callable[[],nn.Module]|None = None,    # function that builds the dense model, the model, or None: config.json names it
     *,
     device: torch.device|str|None = None,                   # where the tensors go; None for the device of a model, the CPU for a function
-) -> nn.Module:                                             # a new model, in the mode (training or not) of the dense one
+) -> nn.Module:                                             # a new model, in the mode (training or not) of the dense one; a folded one in eval mode
     "The compressed model in a folder, without data; loads strictly"
     if not isinstance(folder, (str, os.PathLike)): raise TypeError(
         f'the folder comes first: load_compressed(folder, model). Got {type(folder).__name__} as folder.')
