@@ -113,8 +113,9 @@ def _repr_html_(self:Plan):
 
 # %% ../../nbs/core/plan.ipynb #9a12045d
 def _kinds(cls):
-    "Type in a file -> class, of `cls` and all that are made from it"
-    return {f'fasterai.{cls.__name__}': cls} | {k: v for c in cls.__subclasses__() for k,v in _kinds(c).items()}
+    "Type in a file -> class, of `cls` and all that are made from it; of two with one name that of the library"
+    subs = sorted(cls.__subclasses__(), key=lambda c: c.__module__.startswith('fasterai.'))
+    return {f'fasterai.{cls.__name__}': cls} | {k: v for c in subs for k,v in _kinds(c).items()}
 
 @patch
 def to_json(self:Plan, 
