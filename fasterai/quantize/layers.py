@@ -8,6 +8,7 @@ __all__ = ['packed', 'QuantLayer', 'QuantLinear', 'QuantConv1D', 'QuantConv', 'Q
 
 # %% ../../nbs/quantize/layers.ipynb #bda8dacc
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from ..core.convs import _CONVS
 from ..core.surgery import copy_with
@@ -88,17 +89,6 @@ class QuantLayer(nn.Module):
         self.register_buffer('zeros', zeros)
         self.train(layer.training)
 
-    def fill(self, r: Rounded):
-        "Take the codes and scales `r`"
-        return self.take(packed(r))
-    @torch.no_grad()
-    def take(self, tensors: dict):
-        "Take what `packed` made"
-        for k in ('qweight', 'scales', 'zeros'):
-            if (t := getattr(self, k)) is not None: t.copy_(tensors[k])
-        if tensors.get('shift') is not None: self.bias.add_(tensors['shift'].to(self.bias))
-        return self
-
     def _tensors(self): return [t for t in (self.qweight, self.scales, self.zeros) if t is not None]
     def _drop(self): self._kept.clear()
     def _apply(self, fn, recurse=True):
@@ -108,6 +98,21 @@ class QuantLayer(nn.Module):
         return self
     def __getstate__(self): return self.__dict__ | dict(_kept={})
     def extra_repr(self): return f'{len(self.scales)}×{self._n}, bias={self.bias is not None}, {self.format}'
+
+# %% ../../nbs/quantize/layers.ipynb #aeb17f88
+@patch
+def fill(self:QuantLayer, r: Rounded):
+    "Take the codes and scales `r`"
+    return self.take(packed(r))
+
+@patch
+@torch.no_grad()
+def take(self:QuantLayer, tensors: dict):
+    "Take what `packed` made"
+    for k in ('qweight', 'scales', 'zeros'):
+        if (t := getattr(self, k)) is not None: t.copy_(tensors[k])
+    if tensors.get('shift') is not None: self.bias.add_(tensors['shift'].to(self.bias))
+    return self
 
 # %% ../../nbs/quantize/layers.ipynb #dfe35c9f
 class _Weighted(QuantLayer):
@@ -131,26 +136,30 @@ class _Weighted(QuantLayer):
         if type(res) is torch.Tensor: self._kept[what] = _Kept(res, self._tensors(), key)     # not those of a trace
         return res
 
-    def _unpacked(self, dtype):
-        "The weight (m, n), some rows at a time"
-        m,res = len(self.scales),self.scales.new_empty(len(self.scales), self._n, dtype=dtype)
-        step = max(1, 2**22//max(1, self._n))
-        for i in range(0, m, step):
-            z = None if self.zeros is None else self.zeros[i:i+step]
-            res[i:i+step] = values(self.qweight[i:i+step], z, self.scales[i:i+step], self.format, self._n, dtype)
-        return res
+# %% ../../nbs/quantize/layers.ipynb #13653136
+@patch
+def _unpacked(self:_Weighted, dtype):
+    "The weight (m, n), some rows at a time"
+    m,res = len(self.scales),self.scales.new_empty(len(self.scales), self._n, dtype=dtype)
+    step = max(1, 2**22//max(1, self._n))
+    for i in range(0, m, step):
+        z = None if self.zeros is None else self.zeros[i:i+step]
+        res[i:i+step] = values(self.qweight[i:i+step], z, self.scales[i:i+step], self.format, self._n, dtype)
+    return res
 
-    def _scale_grad(self, g):
-        "Gradient of the scales from that of the weight (m, n)"
-        q = steps(self.qweight, self.zeros, self.format.bits, torch.promote_types(torch.float32, g.dtype))
-        g = F.pad(g.to(q.dtype), (0, q[0].numel() - self._n))
-        return (g.view(q.shape)*q).sum(-1)
+@patch
+def _scale_grad(self:_Weighted, g):
+    "Gradient of the scales from that of the weight (m, n)"
+    q = steps(self.qweight, self.zeros, self.format.bits, torch.promote_types(torch.float32, g.dtype))
+    g = F.pad(g.to(q.dtype), (0, q[0].numel() - self._n))
+    return (g.view(q.shape)*q).sum(-1)
 
-    def _here(self, x):
-        "The dtype that a product with `x` is computed in"
-        kind = x.device.type
-        if self._dtype is not torch.float64 and torch.is_autocast_enabled(kind): return torch.get_autocast_dtype(kind)
-        return self._dtype
+@patch
+def _here(self:_Weighted, x):
+    "The dtype that a product with `x` is computed in"
+    kind = x.device.type
+    if self._dtype is not torch.float64 and torch.is_autocast_enabled(kind): return torch.get_autocast_dtype(kind)
+    return self._dtype
 
 # %% ../../nbs/quantize/layers.ipynb #49b802de
 class QuantLinear(_Weighted):

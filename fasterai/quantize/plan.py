@@ -46,19 +46,6 @@ class QuantRow(Row):
     @property
     def weights(self) -> int: return self.shape[0]*self.shape[1]
     @property
-    def before(self) -> int:
-        "Bytes of the weight before"
-        return self.weights*self.itemsize
-    @property
-    def after(self) -> int:
-        "Bytes of the weight afterwards, scales and zero points included"
-        if self.format is None: return self.before
-        return weight_bytes(self.format, *self.shape, scale_bytes=4 if self.scales == 'float32' else 2)
-    @property
-    def params_after(self) -> int:
-        "Parameters in place of the weight: the scales"
-        return self.weights if not isinstance(self.format, Int) else self.shape[0]*blocks_of(self.format, self.shape[1])[0]
-    @property
     def size(self) -> str: return f'{self.kind}({self.shape[1]}→{self.shape[0]})'
     @property
     def decision(self) -> dict: return dict(format=str(self.format or ''))
@@ -75,6 +62,23 @@ class QuantRow(Row):
     @classmethod
     def from_dict(cls, d: dict) -> 'QuantRow':
         return super().from_dict(d | dict(format=None if d['format'] is None else mk_format(d['format'])))
+
+# %% ../../nbs/quantize/plan.ipynb #36d3bb8a
+@patch(as_prop=True)
+def before(self:QuantRow) -> int:
+    "Bytes of the weight before"
+    return self.weights*self.itemsize
+
+@patch(as_prop=True)
+def after(self:QuantRow) -> int:
+    "Bytes of the weight afterwards, scales and zero points included"
+    if self.format is None: return self.before
+    return weight_bytes(self.format, *self.shape, scale_bytes=4 if self.scales == 'float32' else 2)
+
+@patch(as_prop=True)
+def params_after(self:QuantRow) -> int:
+    "Parameters in place of the weight: the scales"
+    return self.weights if not isinstance(self.format, Int) else self.shape[0]*blocks_of(self.format, self.shape[1])[0]
 
 # %% ../../nbs/quantize/plan.ipynb #e41acc5f
 @dataclass(frozen=True, repr=False)

@@ -15,6 +15,7 @@ from ..core.batches import _short
 from ..core.budget import Choice, Options, TooTight, choose
 from ..core.modules import match_name, select
 from .formats import BITS, Half, Int, mk_format
+from fastcore.basics import patch
 
 # %% ../../nbs/quantize/policies.ipynb #30af5b27
 @dataclass(frozen=True)
@@ -92,27 +93,30 @@ class ByteBudget:
     def left_out(self, names) -> dict[str,str]: return {}
     def _budget(self, prices): return self.bytes if self.bytes is not None else self.ratio*sum(p.before for p in prices.values())
 
-    def choose(self,
-        prices: Mapping[str,LayerPrice],
-    ) -> tuple[dict[str,Any],Choice|None]:      # layer -> format, None to leave it; the certificate
-        "The best formats; raises where even the smallest ones do not fit"
-        if not prices: return {}, None
-        own = {n: [None] + [f for f in self.options if p.fits(f) and p.bytes(f) < p.before] for n,p in prices.items()}
-        options = [Options(n, [p.before if f is None else p.bytes(f) for f in own[n]], [0. if f is None else p.loss(f) for f in own[n]])
-                   for n,p in prices.items()]
-        try: choice = choose(options, self._budget(prices), unit='bytes')
-        except TooTight as e: raise ValueError(f'{self!r} allows {int(e.budget):,} bytes, but these {e.n} layers need at least '
-            f'{int(e.least):,}. Raise the budget, allow fewer bits in formats=, or leave layers out with exclude=.') from None
-        choice = min([choice, *self._alike(prices, options, own, choice)], key=lambda c: c.error)
-        return {n: own[n][i] for n,i in choice.picks.items()}, choice
+# %% ../../nbs/quantize/policies.ipynb #53e701e7
+@patch
+def choose(self:ByteBudget,
+    prices: Mapping[str,LayerPrice],
+) -> tuple[dict[str,Any],Choice|None]:      # layer -> format, None to leave it; the certificate
+    "The best formats; raises where even the smallest ones do not fit"
+    if not prices: return {}, None
+    own = {n: [None] + [f for f in self.options if p.fits(f) and p.bytes(f) < p.before] for n,p in prices.items()}
+    options = [Options(n, [p.before if f is None else p.bytes(f) for f in own[n]], [0. if f is None else p.loss(f) for f in own[n]])
+               for n,p in prices.items()]
+    try: choice = choose(options, self._budget(prices), unit='bytes')
+    except TooTight as e: raise ValueError(f'{self!r} allows {int(e.budget):,} bytes, but these {e.n} layers need at least '
+        f'{int(e.least):,}. Raise the budget, allow fewer bits in formats=, or leave layers out with exclude=.') from None
+    choice = min([choice, *self._alike(prices, options, own, choice)], key=lambda c: c.error)
+    return {n: own[n][i] for n,i in choice.picks.items()}, choice
 
-    def _alike(self, prices, options, own, choice):
-        "Choices of one format for all layers that fit; rounding to units of the budget can hide the one that fits exactly"
-        for f in self.options:
-            if any(f not in fs for fs in own.values()): continue
-            picks = {n: fs.index(f) for n,fs in own.items()}
-            cost,error = (float(sum(getattr(o, k)[picks[o.name]] for o in options)) for k in ('costs', 'errors'))
-            if cost <= choice.budget: yield replace(choice, cost=cost, error=error, picks=picks)
+@patch
+def _alike(self:ByteBudget, prices, options, own, choice):
+    "Choices of one format for all layers that fit; rounding to units of the budget can hide the one that fits exactly"
+    for f in self.options:
+        if any(f not in fs for fs in own.values()): continue
+        picks = {n: fs.index(f) for n,fs in own.items()}
+        cost,error = (float(sum(getattr(o, k)[picks[o.name]] for o in options)) for k in ('costs', 'errors'))
+        if cost <= choice.budget: yield replace(choice, cost=cost, error=error, picks=picks)
 
 # %% ../../nbs/quantize/policies.ipynb #94264e6b
 def mk_bits(

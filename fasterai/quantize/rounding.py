@@ -12,6 +12,7 @@ from typing import Literal
 import torch, torch.nn.functional as F
 from ..core.modules import _double
 from .formats import Int, blocks_of
+from fastcore.basics import patch
 
 # %% ../../nbs/quantize/rounding.ipynb #362ae9c9
 @dataclass(frozen=True, eq=False)
@@ -197,27 +198,30 @@ class _Feedback:
         self.codes[...,c] = q.to(torch.uint8)
         return (q - z)*s
 
-    def chunk(self, i, j, u):
-        "Columns `i` to `j`, `u` the factor among them; what each of them lost, divided by its diagonal entry"
-        w,lost = self.W[...,i:j].clone(),torch.zeros_like(self.W[...,i:j])
-        for k in range(j - i):
-            if (i + k) % self.size == 0: self.begin(i + k, w[...,k:])
-            e = (w[...,k] - self.column(i + k, w[...,k]))/u[:,k,k,None]
-            w[...,k:] -= e[...,None]*u[:,None,k,k:]
-            lost[...,k] = e
-        return lost
+# %% ../../nbs/quantize/rounding.ipynb #6b0c545f
+@patch
+def chunk(self:_Feedback, i, j, u):
+    "Columns `i` to `j`, `u` the factor among them; what each of them lost, divided by its diagonal entry"
+    w,lost = self.W[...,i:j].clone(),torch.zeros_like(self.W[...,i:j])
+    for k in range(j - i):
+        if (i + k) % self.size == 0: self.begin(i + k, w[...,k:])
+        e = (w[...,k] - self.column(i + k, w[...,k]))/u[:,k,k,None]
+        w[...,k:] -= e[...,None]*u[:,None,k,k:]
+        lost[...,k] = e
+    return lost
 
-    def run(self, factors):
-        at = 0
-        for U in factors:
-            b = U.shape[-1]
-            for i in range(0, b, _CHUNK):
-                j = min(i + _CHUNK, b)
-                lost = self.chunk(at + i, at + j, U[:,i:j,i:j])
-                self.W[...,at+j:at+b] -= lost @ U[:,i:j,j:]
-            at += b
-        f,q = self.f,self.codes.unflatten(-1, (self.blocks, self.size))
-        return Rounded(q, self.scales.to(self.dtype), None if f.symmetric else self.zeros.to(torch.uint8), at, f.bits, 'feedback')
+@patch
+def run(self:_Feedback, factors):
+    at = 0
+    for U in factors:
+        b = U.shape[-1]
+        for i in range(0, b, _CHUNK):
+            j = min(i + _CHUNK, b)
+            lost = self.chunk(at + i, at + j, U[:,i:j,i:j])
+            self.W[...,at+j:at+b] -= lost @ U[:,i:j,j:]
+        at += b
+    f,q = self.f,self.codes.unflatten(-1, (self.blocks, self.size))
+    return Rounded(q, self.scales.to(self.dtype), None if f.symmetric else self.zeros.to(torch.uint8), at, f.bits, 'feedback')
 
 # %% ../../nbs/quantize/rounding.ipynb #20d91d67
 def feedback(
