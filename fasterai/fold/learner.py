@@ -6,9 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/fold/learner.ipynb #8e0fe354
-from collections.abc import Iterable
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from ..core.batches import _short
 from ..core.learner import _check_now, _compressed
 from ..core.surgery import _warn_user
@@ -17,26 +17,23 @@ from ..misc.bn_folder import BN_Folder, warn_of
 
 # %% ../../nbs/fold/learner.ipynb #a7c12759
 @patch
+@delegates(BN_Folder)
 def fold_bn(self:Learner,
     *,
     plan: FoldPlan|None = None,                 # made by `BN_Folder.plan`, in place of the other arguments
     data=None,                                  # what the model runs on; None for the training set of `dls`
-    layers: str|Iterable[str]|None = None,      # only these norms: names, containers, wildcards
-    exclude: str|Iterable[str]|None = None,     # all but these
-    forward: bool = True,                       # also into layers behind a norm?
-    types: type|Iterable[type] = (),            # further classes that compute what batch norm computes
     n_batches: int|None = 1,                    # batches to look at
     check: bool = True,                         # prove each fold on a copy in float64?
+    **kwargs
 ) -> Learner:                                   # itself
     "Replace the model by its folded copy and drop the optimizer; `learn.plans` shows what was folded, `learn.uncompress()` goes back"
     _check_now(self, 'fold_bn')
     if plan is not None and not isinstance(plan, FoldPlan):
         raise TypeError(f'plan must be a FoldPlan, such as BN_Folder().plan makes, got {_short(plan)}.')
-    if plan is not None and (layers is not None or exclude is not None or types or not forward):
-        raise ValueError('plan= is given, which has decided about each norm: leave out layers, exclude, forward and types.')
+    if plan is not None and kwargs:
+        raise ValueError(f'plan= is given, which has decided about each norm: leave out {", ".join(kwargs)}.')
     if plan is None:
-        folder = BN_Folder(layers=layers, exclude=exclude, forward=forward, types=types)
-        plan = folder.plan(self.model, self.dls if data is None else data, n_batches=n_batches, check=check)
+        plan = BN_Folder(**kwargs).plan(self.model, self.dls if data is None else data, n_batches=n_batches, check=check)
         warn_of(plan)
     if not plan.replaced:
         _warn_user(f'no norm can be folded, and nothing was changed: {plan.skipped[0].reason if plan.skipped else "the model has none"}.')

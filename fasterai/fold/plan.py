@@ -127,6 +127,7 @@ def _features(m, way):
     if not isinstance(w, nn.Parameter) or w.ndim < 2: return None
     return w.shape[1]*getattr(m, 'groups', 1) if _is_transposed(m) == (way == 'back') else len(w)
 
+# %% ../../nbs/fold/plan.ipynb #96a9c19c
 @patch
 def check(self:FoldPlan,
     model: nn.Module,

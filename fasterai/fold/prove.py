@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.utils._pytree import tree_iter, tree_map_only
 from ..core.batches import Batches, _explained, _seed, left_as_found
@@ -135,6 +136,7 @@ def _sites(rows):
     changed = {n for o in back for n in o.into}
     return {o.name for o in back} - via | {n for o in rows if o.way == 'forward' for n in o.into} - changed
 
+# %% ../../nbs/fold/prove.ipynb #5b993a95
 class _Copy:
     "A copy of the model with random norms, and its output"
     def __init__(self, model, runs, norms, dtype):
@@ -173,22 +175,26 @@ class _Copy:
         finally:
             for p,o in zip(ps, old): p.copy_(o)
 
-    def fault(self, rows) -> str:
-        "What is wrong when `rows` are folded, '' for nothing"
-        try:
-            with _folded(self.model, rows): ratio,e = _error(self.want, self.out(), self.least)
-            if ratio > 1 and self.jumps and (sites := _sites(rows)):
-                want = self.out(sites)
-                with _folded(self.model, rows): ratio,e = _error(want, self.out(sites), self.least)
-        except _FAILS as e: return f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no text"}'
-        return '' if ratio <= 1 else f'relative error {e:.1e}'
+# %% ../../nbs/fold/prove.ipynb #9a5e2cfd
+@patch
+def fault(self:_Copy, rows) -> str:
+    "What is wrong when `rows` are folded, '' for nothing"
+    try:
+        with _folded(self.model, rows): ratio,e = _error(self.want, self.out(), self.least)
+        if ratio > 1 and self.jumps and (sites := _sites(rows)):
+            want = self.out(sites)
+            with _folded(self.model, rows): ratio,e = _error(want, self.out(sites), self.least)
+    except _FAILS as e: return f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no text"}'
+    return '' if ratio <= 1 else f'relative error {e:.1e}'
 
-    def blind(self) -> str:
-        "Why nothing can be compared, '' if it can"
-        if not self.want: return 'no tensor was found in what the model returns'
-        return '' if any(t.isfinite().any() and t.any() for t in self.want) else 'the output is zero or not finite'
+@patch
+def blind(self:_Copy) -> str:
+    "Why nothing can be compared, '' if it can"
+    if not self.want: return 'no tensor was found in what the model returns'
+    return '' if any(t.isfinite().any() and t.any() for t in self.want) else 'the output is zero or not finite'
 
-    def repeats(self) -> bool: return _error(self.want, self.out(), self.least)[0] <= 1
+@patch
+def repeats(self:_Copy) -> bool: return _error(self.want, self.out(), self.least)[0] <= 1
 
 # %% ../../nbs/fold/prove.ipynb #2b7e05ec
 def _first_fault(copy, rows):

@@ -51,8 +51,7 @@ def make_plan(
     zero = {s.name for s in todo if _check_finite(s)}
     stats = _statistics(model, data, [s for s in todo if s.name not in zero], policy, n_batches, sensitivity, loss)
     bases,specs = _solved(todo, stats, spectra or policy.needs_spectra, keep=stats is data)
-    if policy.needs_spectra: left_out |= {s.name: 'no solver found its singular values' for s in todo
-                                          if specs[s.name] is None and s.weight.device.type != 'meta'}
+    if policy.needs_spectra: left_out |= _unsolved(todo, specs)
     rows = {s.name: _row_of(s, specs.get(s.name), stats.get(s.name), bases.get(s.name)) for s in sites}
     chosen = [rows[s.name] for s in todo if s.name not in left_out]
     ranks = policy.ranks(chosen)
@@ -141,6 +140,10 @@ def _check_round_to(round_to, policy):
         raise ValueError(f'round_to must be an int of at least 1, got {_short(round_to)}.')
     if isinstance(policy, ParamBudget) and round_to != 1:
         raise ValueError(f'a budget chooses its own ranks: pass ParamBudget(…, round_to={round_to}).')
+
+def _unsolved(sites, specs):
+    "Layers whose singular values no solver found: name -> reason"
+    return {s.name: 'no solver found its singular values' for s in sites if specs[s.name] is None and s.weight.device.type != 'meta'}
 
 # %% ../../nbs/lowrank/decide.ipynb #9344fdb5
 def _row_of(s: LinearSite, spec, st, basis):

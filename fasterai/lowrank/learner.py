@@ -27,6 +27,12 @@ from .search import RATIOS, RankSuggestion, rank_find
 from ..core.learner import _check_now, _compressed, _dense_of, _direction, _metric_index, _running, _with_model
 
 # %% ../../nbs/lowrank/learner.ipynb #5db4205a
+def _one_policy(rank_ratio, policy):
+    "The policy that `rank_ratio` or `policy` stands for"
+    if policy is None: return RankRatio(rank_ratio)
+    if rank_ratio != 0.5: raise ValueError(f'pass rank_ratio={rank_ratio} or policy={policy!r}, not both.')
+    return mk_policy(policy)
+
 class _Unset:
     def __repr__(self): return '...'    # None is what a search without success leaves behind
 
@@ -76,16 +82,14 @@ def decompose(self:Learner,
     round_to: int = 1,                      # ranks in multiples of this
     types: Iterable[type] = (),             # subclasses of nn.Linear to treat as nn.Linear
 ) -> Learner:                               # itself
-    """Replace the model by its decomposed copy and drop the optimizer (in a running fit: make a new one); `undecompose` restores the
-    dense model"""
+    "Replace the model by its decomposed copy and drop the optimizer (in a running fit: make a new one); `undecompose` goes back"
     _check_places(rank_ratio=rank_ratio, policy=policy, plan=plan, data=data)
     _check_now(self, 'decompose')
     given = plan is not _UNSET
     if given:
         plan = _given_plan(plan, rank_ratio != 0.5 or policy or layers or exclude or skip_unprofitable or round_to != 1 or types)
         if _in_place(self, plan): return self
-    elif policy is not None and rank_ratio != 0.5: raise ValueError(f'pass rank_ratio={rank_ratio} or policy={policy!r}, not both.')
-    policy = RankRatio(rank_ratio) if policy is None else mk_policy(policy)
+    policy = _one_policy(rank_ratio, policy)
     layers,exclude,types = map(_tupled, (layers, exclude, types))
     kept,rows = ({}, ()) if given else _settled(self, policy, layers, exclude, types)
     if rows and _stays(self, kept, rows): return self

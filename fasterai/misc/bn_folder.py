@@ -114,6 +114,7 @@ def _notes(model, trace, rows, data, n):
         where = repr(merge[0][0]) if merge[0][0] else 'the model'
         yield f'{where} has {merge[0][1]}(), which merges branches that folding cannot: call it on all such parts first'
 
+# %% ../../nbs/misc/bn_folder.ipynb #225bebb3
 @patch
 def plan(self:BN_Folder, 
     model: nn.Module,               # any model; left unchanged

@@ -81,6 +81,7 @@ def compensate(
         if renorm: move_norms(res, model, data, stays=channels, fixed=[norms[n] for n in done if n in norms], n_batches=n_batches)
     return res
 
+# %% ../../nbs/prune/compensate.ipynb #6136652b
 def _which(model, plan, groups):
     "The groups that are cut, and the units of each that stay"
     if not isinstance(plan, Mapping):

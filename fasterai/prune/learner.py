@@ -6,12 +6,12 @@
 __all__ = ['PruneSuggestion']
 
 # %% ../../nbs/prune/learner.ipynb #edb6a756
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from ..core.batches import _short
 from ..core.learner import _check_now, _compressed, _direction, _metric_index, _running, _with_model
 from ..core.search import Suggestion, check_search, find
@@ -33,37 +33,31 @@ def _given(plan, others):
     if others: raise ValueError('a plan says which units stay: pass it without budget, layers, exclude and the like.')
     return plan
 
+# %% ../../nbs/prune/learner.ipynb #0e1472b1
 @patch
+@delegates(Pruner)
 def prune(self:Learner,
     budget: float = 0.5,                    # share of `cost` that stays, in (0, 1]
     *,
     plan: 'PruningPlan|PruneSuggestion|None' = None,        # or what `prune_find` returns, in place of the arguments that choose units
     data=None,                              # inputs to look at; None for the training set of `dls`
-    cost: Literal['macs','params','latency'] = 'macs',  # what the budget counts, of the whole model
-    score: Literal['obs','magnitude','taylor','random'] = 'obs',    # which units go first: those that the others replace best, …
-    compensate: bool = True,                # solve the layers that read them again, by least squares?
-    renorm: bool = True,                    # and re-estimate batch norms?
-    heads: bool = True,                     # attention heads too?
-    layers: str|Iterable[str]|None = None,  # only units that these layers write: names, containers, wildcards; None for all
-    exclude: str|Iterable[str]|None = None, # all but these
-    round_to: int = 1,                      # layers get multiples of this many channels or neurons
-    min_keep: int = 1,                      # units of a group that stay at least
     n_batches: int|None = 8,                # batches of data to look at, None for all
     loss: Callable|None = None,             # for score='taylor': loss(output, *targets); None needs no targets
+    **kwargs
 ) -> Learner:                               # itself
     "Replace the model by its pruned copy and drop the optimizer (in a running fit: make a new one); `uncompress` restores the first model"
     _check_now(self, 'prune')
-    pruner = Pruner(budget, cost=cost, score=score, compensate=compensate, renorm=renorm, heads=heads, layers=layers, exclude=exclude,
-                    round_to=round_to, min_keep=min_keep)
+    pruner = Pruner(budget, **kwargs)
     with torch.autocast('cuda', enabled=False):     # a callback may be called inside of mixed precision
         if plan is None: plan = pruner.plan(self.model, self.dls if data is None else data, n_batches=n_batches, loss=loss)
-        else: plan = _given(plan, repr(pruner) != repr(Pruner()))
+        else: plan = _given(plan, budget != 0.5 or kwargs)
         if plan.compensate and plan.data is None and data is None: data = self.dls     # a plan from a file
         small = plan.apply(self.model, data, n_batches=n_batches)
     return _compressed(self, small, replace(plan, data=None))
 
 # %% ../../nbs/prune/learner.ipynb #0a50747c
 @patch
+@delegates(Pruner, but=['budget'])
 def prune_find(self:Learner,
     max_drop: float = 0.01,                 # loss that is still good, in units of the metric: 0.01 is one point of accuracy
     *,
@@ -73,29 +67,21 @@ def prune_find(self:Learner,
     show_plot: bool = True,
     ratios: Sequence[float] = (.9, .8, .7, .6, .5, .4, .3, .2, .1),     # budgets to try
     refine: int = 2,                        # further budgets between the last good and the first bad one
-    cost: Literal['macs','params'] = 'macs',    # what the budgets count, of the whole model
-    score: Literal['obs','magnitude','taylor','random'] = 'obs',        # see `Pruner`
-    compensate: bool = True,                # solve the layers that read them again, by least squares?
-    renorm: bool = True,                    # and re-estimate batch norms?
-    heads: bool = True,                     # attention heads too?
-    layers: str|Iterable[str]|None = None,  # only units that these layers write
-    exclude: str|Iterable[str]|None = None, # all but these
-    round_to: int = 1,                      # layers get multiples of this many channels or neurons
-    min_keep: int = 1,                      # units of a group that stay at least
     n_batches: int|None = 8,                # batches of data to look at, None for all
     loss: Callable|None = None,             # for score='taylor'
+    **kwargs
 ) -> PruneSuggestion:                       # `learn.prune(plan=…)` applies it
     "The smallest budget that keeps the metric on the whole validation set, and the curve; the Learner is left unchanged"
     if _running(self, 'fit') or self.lock.locked():
         raise RuntimeError('learn.prune_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
                            'call it afterwards.')
     check_search(max_drop, ratios, refine)
+    if kwargs.get('cost') == 'latency': raise ValueError("cost='latency' is measured anew for each budget: search by 'macs' or 'params', "
+                                                         "or call learn.prune(budget, cost='latency').")
     i,name = _metric_index(self, metric)
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]
-    largest = Pruner(max(ratios), cost=cost, score=score, compensate=compensate, renorm=renorm, heads=heads, layers=layers, exclude=exclude,
-                     round_to=round_to, min_keep=min_keep)
-    plan = largest.plan(self.model, self.dls if data is None else data, n_batches=n_batches, loss=loss)
+    plan = Pruner(max(ratios), **kwargs).plan(self.model, self.dls if data is None else data, n_batches=n_batches, loss=loss)
     def planned(ratio):
         try: return plan.replan(ratio)
         except Unreachable: return None

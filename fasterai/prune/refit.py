@@ -40,6 +40,7 @@ class _Adds(TorchFunctionMode):
 class _Done(BaseException):
     "Enough of a model has run"
 
+# %% ../../nbs/prune/refit.ipynb #4179d06c
 class _Drawn(_Collector):
     "Rows that go into the layers `sites`, and what comes of their outputs"
     def __init__(self, sites, share, *, inputs=(), sums=None, last=None):
@@ -133,6 +134,7 @@ def _error(sums, n, D, d):
     _,mean,C = sums
     return float(C.diagonal()[n:].sum() - 2*(D*C[n:, :n]).sum() + ((D @ C[:n, :n])*D).sum() + (mean[n:] - D @ mean[:n] - d).square().sum())
 
+# %% ../../nbs/prune/refit.ipynb #fd2aad2b
 def _both(a, b):
     "Of the rows of both together"
     (N,u,C),(M,v,E) = a,b
@@ -204,6 +206,7 @@ def refit_layers(
             _refit_one(here[n].module, model, dense, *(torch.cat(o.pop(n)) for o in (got.x, got.y, want.y)), norms.get(n), outputs.get(n))
     return names
 
+# %% ../../nbs/prune/refit.ipynb #a1fb6675
 def _sites(net):
     sites = find_linears(net) + find_convs(net)
     return {s.name: s for s in sites if not s.reason and getattr(s, 'groups', 1) == 1 and not getattr(s, 'transposed', False)}

@@ -40,6 +40,7 @@ class _Channels:
 
 def _running(model): return {n: m for n,m in model.named_modules() if isinstance(m, _NORMS) and m.running_mean is not None}
 
+# %% ../../nbs/prune/renorm.ipynb #56111405
 def norm_inputs(
     model: nn.Module,       # left unchanged
     data,                   # see `Batches`

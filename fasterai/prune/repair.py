@@ -31,6 +31,7 @@ def factored(
         ridge = 10*ridge
         M.diagonal().add_(ridge)
 
+# %% ../../nbs/prune/repair.ipynb #39b5bffa
 def explain(
     C: torch.Tensor,        # covariance (n, n), or second moments
     keep: Sequence[int],    # the features that stay
@@ -111,6 +112,7 @@ def _directly(model, run):
         run(model)
     return {k: n for (k,n),times in pairs.items() if times == calls[k] == calls[n]}
 
+# %% ../../nbs/prune/repair.ipynb #43ff07aa
 def norms_after(
     model: nn.Module,       # left unchanged
     run: Callable,          # run(model) -> its output on one batch

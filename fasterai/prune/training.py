@@ -65,6 +65,7 @@ def _check_times(schedule, budget, start, end, every):
     if abs((at := float(schedule(1.))) - budget) > 1e-6:
         raise ValueError(f'the schedule ends at {at:g}, the budget is {budget:g}. Pass one that ends there, as SchedCos(1., {budget:g}).')
 
+# %% ../../nbs/prune/training.ipynb #a2d91f52
 class PruneCallback(Callback):
     "Prune step by step while training; units that are gone stay gone"
     name,run_valid = 'pruning', False       # `learn.prune` stays the method
@@ -148,6 +149,7 @@ def _rarer(rows, base):
     units = {o.name: o.units for o in base.layers}
     return tuple(replace(o, errors=tuple(e*units[o.name]/o.units for e in o.errors)) if o.errors else o for o in rows)
 
+# %% ../../nbs/prune/training.ipynb #780b2ead
 @patch
 def _whole(self:PruneCallback, score):
     "The model as it is, with the order in which its units go, nothing decided"

@@ -6,11 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/quantize/learner.ipynb #04c16bf0
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from torch import nn
+from ..core.batches import _short
 from ..core.learner import _check_now, _compressed
 from ..core.modules import _warn_user
 from .plan import QuantizationPlan
@@ -18,27 +20,24 @@ from .quantizer import Quantizer
 
 # %% ../../nbs/quantize/learner.ipynb #2966ac75
 @patch
+@delegates(Quantizer)
 def quantize(self:Learner,
     bits: Any = 8,                              # 8 to 2, a format, {name: bits or None}, or a policy: see `Quantizer`
     *,
-    policy: Any = None,                         # in place of `bits`, such as `ByteBudget(0.125)`
     plan: QuantizationPlan|None = None,         # made by `Quantizer.plan`, in place of the other arguments
     data=None,                                  # what it is calibrated on; None for the training set of `dls`
-    layers: str|Iterable[str]|None = None,      # only these layers: names, containers, wildcards
-    exclude: str|Iterable[str]|None = None,     # all but these
-    types: type|Iterable[type] = (),            # subclasses of layers that compute what their base class computes
-    embeddings: bool = False,                   # tables of words too?
     n_batches: int|None = 32,                   # batches to calibrate on, None for all
     loss: Callable|None = None,                 # of a budget: loss(output, *targets) that weighs errors; None for the output itself
+    **kwargs
 ) -> Learner:                                   # itself
     "Replace the model by its quantized copy and drop the optimizer; `learn.plans` shows what was done, `learn.uncompress()` goes back"
     _check_now(self, 'quantize')
-    if plan is not None and (bits != 8 or policy is not None or layers is not None or exclude is not None or types or embeddings):
-        raise ValueError('plan= is given, which has decided about each layer: leave out bits, policy, layers, exclude, types, embeddings.')
+    if plan is not None and not isinstance(plan, QuantizationPlan):
+        raise TypeError(f'plan must be a QuantizationPlan, such as Quantizer(8).plan makes, got {_short(plan)}.')
+    if plan is not None and (bits != 8 or kwargs):
+        raise ValueError(f'plan= is given, which has decided about each layer: leave out {", ".join(["bits"]*(bits != 8) + [*kwargs])}.')
     data = self.dls if data is None else data
-    if plan is None:
-        q = Quantizer(bits, policy=policy, layers=layers, exclude=exclude, types=types, embeddings=embeddings)
-        plan = q.plan(self.model, data, n_batches=n_batches, loss=loss)
+    if plan is None: plan = Quantizer(bits, **kwargs).plan(self.model, data, n_batches=n_batches, loss=loss)
     if not plan.replaced:
         _warn_user('no layer can be quantized, and nothing was changed: '
                    f'{plan.skipped[0].reason if plan.skipped else "the model has none"}.')
