@@ -11,7 +11,6 @@ from typing import Any
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from torch import nn
 from ..core.batches import _short
 from ..core.learner import _check_now, _compressed
 from ..core.modules import _warn_user
