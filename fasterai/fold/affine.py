@@ -32,7 +32,7 @@ def _over_groups(s, m):
     return s.view(g, 1, -1).expand(g, rows//g, -1).reshape(rows, -1)
 
 def _rounded(x, like):
-    "`x` in the dtype of `like`, subnormal numbers as 0: they slow a convolution down by up to 67 times"
+    "`x` in the dtype of `like`, subnormal numbers as 0: they slow a convolution down a lot"
     x = x.to(like)
     return x.masked_fill_(x.abs() < torch.finfo(x.dtype).smallest_normal, 0)
 
