@@ -525,3 +525,12 @@ def test_two_processes_compute_what_one_does(tmp_path):
     two = slice_units(net, groups, kept)
     two.load_state_dict(a)
     assert rel(two(x), one(x)) < .1*rel(one(x), net(x))
+
+def test_norms_after_every_convolution_of_a_deep_network():
+    "Also where float32 would hide a constant that is added and taken away again"
+    from torchvision.models import mobilenet_v2
+    net = mobilenet_v2().eval()
+    pairs = norms_after(net, lambda m: m(torch.randn(1, 3, 64, 64)))
+    convs = [n for n,m in net.named_modules() if isinstance(m, nn.Conv2d)]
+    following = dict(zip(convs, [n for n,m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]))     # of this network each in its turn
+    assert pairs == following

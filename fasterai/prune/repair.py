@@ -6,13 +6,12 @@
 __all__ = ['factored', 'explain', 'repaired', 'norms_after', 'takes_constant']
 
 # %% ../../nbs/prune/repair.ipynb #e4194a8f
-from collections import Counter, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 import torch
 from torch import nn
 from ..core.batches import left_as_found
-from ..core.check import _differs, _numbers
+from ..core.dataflow import Trace
 from ..core.moments import Moments
 from .slicing import _CONV, _where
 
@@ -94,44 +93,30 @@ def repaired(
 # %% ../../nbs/prune/repair.ipynb #49674ba8
 _NORMS = nn.modules.batchnorm._BatchNorm
 
-def _directly(model, run):
-    "Layer -> the batch norm that takes its output at every call: names"
-    seen,pairs,calls = deque(maxlen=64),Counter(),Counter()
-    with ExitStack() as stack, left_as_found(model), torch.no_grad():
-        for n,m in model.named_modules():
-            if isinstance(m, _NORMS) and m.running_mean is not None:
-                def takes(m, args, n=n):
-                    calls[n] += 1
-                    pairs.update((k, n) for k,y in seen if y is args[0])
-                stack.callback(m.register_forward_pre_hook(takes).remove)
-            elif isinstance(m, (nn.Linear, _CONV)):
-                def gives(m, args, y, n=n):
-                    calls[n] += 1
-                    seen.append((n, y))
-                stack.callback(m.register_forward_hook(gives).remove)
-        run(model)
-    return {k: n for (k,n),times in pairs.items() if times == calls[k] == calls[n]}
-
-# %% ../../nbs/prune/repair.ipynb #43ff07aa
 def norms_after(
     model: nn.Module,       # left unchanged
     run: Callable,          # run(model) -> its output on one batch
 ) -> dict[str,str]:         # name of a layer -> name of a batch norm
-    "The batch norms that can take up a constant added to the outputs of the layer before them"
-    pairs = _directly(model, run)
-    mods = dict(model.named_modules())
-    def out(some):
-        with ExitStack() as stack, left_as_found(model), torch.no_grad():
-            for k,n in some.items():
-                d = (mods[n].running_var.sqrt() + .1)*(torch.arange(mods[n].num_features, device=mods[n].running_var.device) % 3 - 1)
-                mods[n].running_mean = mods[n].running_mean + d
-                def shift(m, args, y, d=d): return y + d.view(-1, *[1]*(y.ndim-2))
-                stack.callback(mods[k].register_forward_hook(shift).remove)
-            return _numbers(run(model))
-    want = out({})
-    if pairs and _differs(want, out(pairs)): pairs = {k: n for k,n in pairs.items() if not _differs(want, out({k: n}))}
-    return pairs
+    "The batch norms that can take up a constant added to the outputs of the layer before them: nothing else reads these, or the statistics"
+    with left_as_found(model): tr = Trace(model).run(run)
+    names,runs = {id(m): n for n,m in model.named_modules()},defaultdict(list)
+    for v in tr.visits: runs[id(v.module)].append(v)
+    made = {v.output: v for v in tr.visits if v.output is not None and isinstance(v.module, (nn.Linear, _CONV))}
+    def source(v):
+        "The layer whose output only run `v` of a norm reads"
+        if v.input is None or (s := made.get(v.input)) is None: return None
+        readers,kept = tr.readers([v.input], range(s.start, s.stop), over=lambda c: False)
+        return None if kept or not readers <= {*range(v.start, v.stop)} else id(s.module)
+    res = {}
+    for m in model.modules():
+        if not isinstance(m, _NORMS) or m.running_mean is None: continue
+        vs,own = runs[id(m)],{i for v in runs[id(m)] for i in range(v.start, v.stop)}
+        layers = {source(v) for v in vs}
+        if len(layers) != 1 or (k := layers.pop()) is None or len(runs[k]) != len(vs): continue
+        if tr.reads[m.running_mean.untyped_storage()._cdata] <= own: res[names[k]] = names[id(m)]
+    return res
 
+# %% ../../nbs/prune/repair.ipynb #43ff07aa
 def takes_constant(
     m: nn.Module,               # a layer
     name: str,                  # of it
