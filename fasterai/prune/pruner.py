@@ -67,26 +67,26 @@ def _left_out(model, groups, layers, exclude):
         res |= {n: 'not among layers=' for n in names if n not in chosen}
     return res | (dict.fromkeys(select(names, exclude, 'exclude', known), 'excluded') if exclude is not None else {})
 
-def _priced_rows(model, groups, prices, costs, left):
-    def row(g):
-        p = prices.get(g.name)
-        why = left.get(g.name) or ('' if p is not None or g.reason else prices.missing.get(g.name, 'nothing is known of it'))
-        return row_of(g, model, costs, order=() if p is None else p.order, errors=() if p is None else p.loss, reason=why)
-    return tuple(map(row, groups))
+def _scored(self, model, groups, costs, data, n_batches, loss):
+    "Order in which the units of each group go, and the error on the way; what has no unit of error counts per cost: the same share goes"
+    scores = score_units(model, groups, self.score, data, n_batches=n_batches, loss=loss)
+    which = 'params' if self.cost == 'params' else 'macs'
+    share = costs.unit({})[:, ('params','macs').index(which)]/max(1, getattr(costs, which))
+    price = dict(zip(costs.groups, share))
+    return {n: curve(o if self.score == 'taylor' else o*price[n]) for n,o in scores.items()}
 
 def _rows(self, model, example, data, n_batches, loss, groups=None):
     "All groups with the order of their units, nothing decided; the costs of the model"
     groups = find_groups(model, example, heads=self.heads) if groups is None else groups
     left,costs = _left_out(model, groups, self.layers, self.exclude),measure_costs(model, example, groups)
-    todo = [g for g in groups if g.name not in left]
-    if self.score == 'obs': return _priced_rows(model, groups, price_units(model, todo, data, n_batches=n_batches), costs, left), costs
-    scores = score_units(model, todo, self.score, data, n_batches=n_batches, loss=loss)
-    which = 'params' if self.cost == 'params' else 'macs'
-    price = dict(zip(costs.groups, costs.unit({})[:, ('params','macs').index(which)]/max(1, getattr(costs, which))))
+    todo,unknown = [g for g in groups if g.name not in left],{}
+    if self.score == 'obs':
+        prices = price_units(model, todo, data, n_batches=n_batches)
+        found,unknown = {n: (p.order, p.loss) for n,p in prices.items()},prices.missing
+    else: found = _scored(self, model, todo, costs, data, n_batches, loss)
     def row(g):
-        # what has no unit of error counts per cost, so that the same share of large and small units goes
-        order,errors = curve(scores[g.name]*(1. if self.score == 'taylor' else price[g.name])) if g.name in scores else ((), ())
-        return row_of(g, model, costs, order=order, errors=errors, reason=left.get(g.name, ''))
+        order,errors = found.get(g.name, ((), ()))
+        return row_of(g, model, costs, order=order, errors=errors, reason=left.get(g.name) or unknown.get(g.name, ''))
     return tuple(map(row, groups)), costs
 
 # %% ../../nbs/prune/pruner.ipynb #556d0a84
@@ -124,7 +124,7 @@ def _check_runs(model, small, example):
 @patch
 def plan(self:Pruner,
     model: nn.Module,           # any model; left unchanged
-    data=None,                  # batches for score='taylor', in any form, see `Batches`; the first one is the example
+    data=None,                  # inputs in any form, see `Batches`; labels only for `loss`. Some hundred rows are enough
     example=None,               # one batch to trace and count with; None for the first one of `data`
     *,
     n_batches: int|None = 8,    # batches of data to look at, None for all
