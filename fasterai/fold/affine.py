@@ -37,8 +37,8 @@ def _rounded(x, like):
     return x.masked_fill_(x.abs() < torch.finfo(x.dtype).smallest_normal, 0)
 
 def _times_(m, S, extra=None):
-    """Multiply the weight of `m` by factors `S` (rows, 1 or columns), a few rows at a time; returns for each row the sum of the weight, as it
-    was, times `extra` (of the same shape)"""
+    """Multiply the weight of `m` by factors `S` (rows, 1 or columns), a few rows at a time; returns for each row the sum of the weight,
+    as it was, times `extra` (of the same shape)"""
     if m.weight.is_inference() or 0 in m.weight.stride():   # cannot be written to in place
         m.weight = nn.Parameter(m.weight.detach().clone(memory_format=torch.contiguous_format), m.weight.requires_grad)
     W = m.weight.data

@@ -49,7 +49,8 @@ def _span(epochs, n, every, start, end):
     last = min(math.floor(end*total/k + 1e-9), (total-1)//k)*k
     if last < first: raise ValueError(
         f'no step falls between start={start:g} and end={end:g} of this fit: it has {epochs} epochs of {n} batches, and with '
-        f'every={every!r} steps are due every {k} batches. Pass a smaller number, as every={max(1, int((end-start)*total/4))}, or train more.')
+        f'every={every!r} steps are due every {k} batches. Pass a smaller number, as every={max(1, int((end-start)*total/4))}, '
+        'or train more.')
     return first, last, k
 
 # %% ../../nbs/prune/training.ipynb #5924e8c0
@@ -86,8 +87,8 @@ class PruneCallback(Callback):
         min_keep: int = 1,                      # units of a group that stay at least
         fname: str|None = None,                 # write the plan after each epoch, to `{fname}_{epoch}.json` beside the checkpoints?
     ):
-        self.pruner = Pruner(budget, cost=cost, score=score, compensate=False, heads=heads, layers=layers, exclude=exclude, round_to=round_to,
-                             min_keep=min_keep)
+        self.pruner = Pruner(budget, cost=cost, score=score, compensate=False, heads=heads, layers=layers, exclude=exclude,
+                             round_to=round_to, min_keep=min_keep)
         self.schedule = SchedCos(1., budget) if schedule is None else schedule
         _check_times(self.schedule, budget, start, end, every)
         self.start,self.end,self.every,self.fname,self.steps = start,end,every,fname,[]
@@ -145,7 +146,7 @@ def _cost(self:PruneCallback):
     return count_params(self.model) if self.pruner.cost == 'params' else count_macs(self.model, self._example)
 
 def _rarer(rows, base):
-    "Scores are relative to the mean of a group as it is. Relative to that of `base`, a unit matters more the fewer are left: no group is emptied"
+    "Scores are relative to the mean of a group as it is; relative to that of `base`, a unit matters more the fewer are left"
     units = {o.name: o.units for o in base.layers}
     return tuple(replace(o, errors=tuple(e*units[o.name]/o.units for e in o.errors)) if o.errors else o for o in rows)
 
