@@ -6,15 +6,15 @@
 __all__ = ['plain', 'kind_of', 'vocab_of', 'steps_of', 'scaling_of', 'mode_of', 'images_of', 'columns_of', 'numbers_of',
            'rows_to_try', 'rows_as_tensors']
 
-# %% ../../nbs/export/about.ipynb #43e63ded
+# %% ../../nbs/export/about.ipynb #00c37cc5
 import math
 import numpy as np, torch
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.tabular.core import Categorify, FillMissing, Tabular
 from fastai.vision.augment import CropPad, RandomResizedCrop, RandTransform, Resize
-from fastai.vision.core import PILImage, PILImageBW
+from fastai.vision.core import AddMaskCodes, BBoxLabeler, PILImage, PILImageBW, PointScaler
 from torch import nn
-from .items import image_array, row_arrays
+from .items import row_arrays
 from .text import is_text_classifier
 
 # %% ../../nbs/export/about.ipynb #dbbbb741
@@ -43,12 +43,14 @@ def vocab_of(dls, kind) -> list|None:
     if kind == 'text' and v is not None: v = v[1] if len(v) == 2 and not isinstance(v[0], str) else None
     return None if v is None or callable(v) else [plain(o) for o in v]
 
-# %% ../../nbs/export/about.ipynb #bace75dc
+# %% ../../nbs/export/about.ipynb #9da3314f
+_NOT_OF_IMAGES = ToTensor, AddMaskCodes, PointScaler, BBoxLabeler
+
 def steps_of(dls) -> list[dict]|None:
     "The item transforms in validation; None where one is not known"
     res = []
     for f in sorted(_fs(_dl(dls).after_item), key=lambda f: f.order):
-        if isinstance(f, ToTensor) or isinstance(f, RandTransform) and f.split_idx == 0: continue
+        if isinstance(f, _NOT_OF_IMAGES) or isinstance(f, RandTransform) and f.split_idx == 0: continue
         size = [int(o) for o in getattr(f, 'size', ())[:2]]
         if type(f) is Resize: res.append(dict(step='resize', size=size, method=f.method, pad=f.pad_mode, resample=int(f.mode)))
         elif type(f) is CropPad: res.append(dict(step='centre', size=size, pad=f.pad_mode))
@@ -67,8 +69,10 @@ def scaling_of(dls) -> dict:
 
 def _kind_of_image(dls):
     "The class that opens an image"
-    tfms = [f for o in getattr(_dl(dls).dataset, 'tls', ())[:1] for f in _fs(o.tfms)]
-    return PILImageBW if any('PILImageBW' in f'{getattr(f, "encodes", f)}' for f in tfms) else PILImage
+    dataset = _dl(dls).dataset
+    if len(dataset): return PILImageBW if isinstance(dataset.tls[0][0], PILImageBW) else PILImage
+    opens = [f for f in _fs(dataset.tls[0].tfms) if getattr(f, '_name', '').endswith('.create')]
+    return PILImageBW if any(isinstance(f(np.zeros((2, 2), np.uint8)), PILImageBW) for f in opens) else PILImage
 
 def mode_of(dls) -> str: return _kind_of_image(dls)._open_args['mode']
 

@@ -29,7 +29,7 @@ from .runtime import ONNXModel
 from .served import Decoded, Served, ServedCodes, ServedImage, ServedRows, ServedText, _first
 from .text import OnePass
 
-# %% ../../nbs/export/learner.ipynb #4400a6fb
+# %% ../../nbs/export/learner.ipynb #13e281ce
 def _device(model): return next((t.device for t in model.parameters()), torch.device('cpu'))
 
 def _items(learn, kind, n):
@@ -55,7 +55,9 @@ def _files(learn, kind, normalize, n):
         mode,steps = mode_of(learn.dls),steps_of(learn.dls)
         if steps is None: return [_raw(learn)]
         return [torch.from_numpy(np.stack([image_array(im, mode, steps) for im in _items(learn, kind, n)]))]
-    if kind == 'tabular': return [rows_as_tensors(columns_of(learn.dls), _items(learn, kind, n))]
+    if kind == 'tabular':
+        xs = rows_as_tensors(columns_of(learn.dls), _items(learn, kind, n))
+        return [{k: x for k,x in zip(('x_cat','x_cont'), xs) if k == 'x_cat' or x.shape[1]}]
     if kind == 'text': return [_padded(_texts(learn, n), get_model(learn.model)[0].pad_idx)]
     return learn.dls.valid if len(learn.dls.loaders) > 1 and len(learn.dls.valid.dataset) else learn.dls.train
 
@@ -64,13 +66,14 @@ def _raw(learn):
     dl = learn.dls.valid.new(after_batch=Pipeline([]), shuffle=False, num_workers=0)
     return next(iter(dl))[0].as_subclass(torch.Tensor).cpu().permute(0, 2, 3, 1).contiguous()
 
-# %% ../../nbs/export/learner.ipynb #4d710143
+# %% ../../nbs/export/learner.ipynb #0e4a433e
 def _example(learn, kind, normalize, files):
     "An output of the model, to see what decoding makes of it"
     model = get_model(learn.model)
     first = files[0] if isinstance(files, list) else next(iter(files))
     with left_as_found(model), torch.no_grad():
         if kind == 'vision' and normalize: return _first(model(_scaled(learn, first[:2])))
+        if kind == 'tabular' and normalize: return _first(model(*(x.to(_device(model)) for x in first.values())))
         if kind == 'text': return _first(model(first[:1,:int((first[0] != model[0].pad_idx).sum())].to(_device(model))))
     for out,_ in run_batches(model, files, n_batches=1): return _first(out).detach()
 
