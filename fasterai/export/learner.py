@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/export/learner.ipynb #bf9f9ec1
+# %% ../../nbs/export/learner.ipynb #bc2f59ab
 import os, warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
+from random import Random
 import numpy as np, torch
 from fastai.callback.progress import ProgressCallback      # adds learn.no_bar
 from fastai.learner import Learner
@@ -22,6 +25,7 @@ from ..core.check import _FAILS
 from fasterai.export.about import (columns_of, images_of, kind_of, mode_of, numbers_of, rows_as_tensors, rows_to_try, scaling_of, steps_of,
     vocab_of)
 from .exporters import check_target, needs, staged
+from .int8 import quantize_onnx
 from .items import image_array
 from .onnx import export_onnx
 from .report import ONNXReport
@@ -29,7 +33,7 @@ from .runtime import ONNXModel
 from .served import Decoded, Served, ServedCodes, ServedImage, ServedRows, ServedText, _first
 from .text import OnePass
 
-# %% ../../nbs/export/learner.ipynb #13e281ce
+# %% ../../nbs/export/learner.ipynb #80d2d25b
 def _device(model): return next((t.device for t in model.parameters()), torch.device('cpu'))
 
 def _items(learn, kind, n):
@@ -53,7 +57,7 @@ def _files(learn, kind, normalize, n):
     "Batches of what the file takes"
     if kind == 'vision' and normalize:
         mode,steps = mode_of(learn.dls),steps_of(learn.dls)
-        if steps is None: return [_raw(learn)]
+        if steps is None: return [next(_raw(learn.dls.valid))]
         return [torch.from_numpy(np.stack([image_array(im, mode, steps) for im in _items(learn, kind, n)]))]
     if kind == 'tabular':
         xs = rows_as_tensors(columns_of(learn.dls), _items(learn, kind, n))
@@ -61,10 +65,12 @@ def _files(learn, kind, normalize, n):
     if kind == 'text': return [_padded(_texts(learn, n), get_model(learn.model)[0].pad_idx)]
     return learn.dls.valid if len(learn.dls.loaders) > 1 and len(learn.dls.valid.dataset) else learn.dls.train
 
-def _raw(learn):
-    "Images of a batch after the item transforms, as bytes"
-    dl = learn.dls.valid.new(after_batch=Pipeline([]), shuffle=False, num_workers=0)
-    return next(iter(dl))[0].as_subclass(torch.Tensor).cpu().permute(0, 2, 3, 1).contiguous()
+def _raw(dl):
+    "Images of a loader as bytes: after the item transforms of validation, in another order"
+    with dl.dataset.set_split_idx(1) if hasattr(dl.dataset, 'set_split_idx') else nullcontext():
+        dl = dl.new(after_batch=Pipeline([]), shuffle=True, drop_last=False, num_workers=0)
+        dl.rng = Random(0)
+        for b in dl: yield b[0].as_subclass(torch.Tensor).cpu().permute(0, 2, 3, 1).contiguous()
 
 # %% ../../nbs/export/learner.ipynb #0e4a433e
 def _example(learn, kind, normalize, files):
@@ -163,3 +169,19 @@ def export_onnx(self:Learner,
         n = _compare(self, kind, tmp, 2e-2 if half else _CLOSE) if about else 0
     more = (f'{n} items predicted as by learn.predict',) if n else ()
     return ONNXReport(**(vars(res) | dict(path=Path(path), notes=(*more, *res.notes))))
+
+# %% ../../nbs/export/learner.ipynb #b4e48295
+@patch
+@delegates(quantize_onnx)
+def quantize_onnx(self:Learner,
+    path: str|os.PathLike,  # file made by `export_onnx` of this Learner
+    out: str|os.PathLike,   # file to write
+    *,
+    n_batches: int = 8,     # of the training set
+    **kwargs
+) -> ONNXReport:            # compared with the float file
+    "Write an int8 form of an exported file, with ranges from the training set"
+    kind = kind_of(self.dls, get_model(self.model))
+    if not len(self.dls.train.dataset): raise ValueError('an exported Learner holds no items: call quantize_onnx(path, out, data) with some.')
+    data = list(islice(_raw(self.dls.train), n_batches)) if kind == 'vision' else _files(self, kind, True, 16*n_batches)
+    return quantize_onnx(path, out, data, n_batches=n_batches, **kwargs)
