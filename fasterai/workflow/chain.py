@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['compress']
 
-# %% ../../nbs/workflow/chain.ipynb #ddb350b1
-import math
+# %% ../../nbs/workflow/chain.ipynb #f798a092
+import math, os, re, shutil, tempfile, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 import pandas as pd, torch
 from fastcore.basics import patch
@@ -18,9 +19,12 @@ from ..core.modules import count_params
 from ..core.plan import Plan
 from ..core.report import _megabytes, _where
 from ..core.search import check_search
+from ..export.exporters import check_target, staged
+from ..export.inputs import batches_of
+from ..export.int8 import quantize_onnx
 from .report import COLUMNS, CompressionReport
 from .steps import LOSSLESS, STEPS, Goal, check_steps
-from .target import Runner
+from .target import Candidate, FileTarget, TorchTarget
 
 # %% ../../nbs/workflow/chain.ipynb #20465b1c
 @dataclass
@@ -32,12 +36,13 @@ class _Chain:
     max_drop: float
     higher_is_better: bool
     metric: str
-    runner: Runner
+    target: TorchTarget
     tune: Callable|None
     plans: list = field(default_factory=list)
     rows: list = field(default_factory=list)        # of the report
     tried: list = field(default_factory=list)       # candidates
-    kept: list = field(default_factory=list)        # models whose times are measured together at the end, in the order of kept rows
+    kept: list = field(default_factory=list)        # candidates, one for each kept row
+    int8: dict|None = None                          # how the file was quantized
 
     def _room(self, share, value=None):
         "How far `value`, or the metric as it is now, is above what is allowed where `share` of the drop may be used"
@@ -54,48 +59,76 @@ def _measured(self:_Chain, step):
     def f(m):
         value = float(self.evaluate(m))
         if m is not self.model:
-            ms, = self.runner.times([m], self.goal.batch_size, seconds=.03)
-            self.tried.append(dict(step=step, metric=value, mb=_megabytes(m), ms=ms))
+            c = Candidate(m, _megabytes(m))
+            ms, = self.target.times([c], self.goal.batch_size, seconds=.03) if self.goal.target == 'torch' else [math.nan]
+            self.tried.append(dict(step=step, metric=value, mb=c.mb, ms=ms))
         return value
     return f
 
 @patch
-def _add(self:_Chain, step, model, plan, value, why, kept):
-    "A row of the report"
-    ms = math.nan
-    self.rows.append(dict(step=step, kept=kept, what='' if plan is None else _what(plan), params=count_params(model), mb=_megabytes(model),
-        ms=ms, ms32=ms, metric=value, why=why))
-    if kept:
-        self.model = model
-        self.kept.append(model)
-        if plan is not None: self.plans.append(replace(plan, data=None) if hasattr(plan, 'data') else plan)
+def _add(self:_Chain, step, model, plan, value, why, kept, c=None):
+    "A row of the report; `c` is the model or its file"
+    mb = math.nan if c is None else c.mb
+    self.rows.append(dict(step=step, kept=kept, what='' if plan is None else _what(plan), params=count_params(model), mb=mb,
+        ms=math.nan, ms32=math.nan, metric=value, why=why))
+    if not kept: return
+    self.model = model
+    self.kept.append(c)
+    if isinstance(plan, Plan): self.plans.append(replace(plan, data=None) if hasattr(plan, 'data') else plan)
 
-def _what(plan): return plan.title.partition(', ')[0]
+def _what(plan): return plan if isinstance(plan, str) else re.split(r', [\d,.]+( [kMG]?B)? → ', plan.title)[0]
 
 # %% ../../nbs/workflow/chain.ipynb #b41a9a68
 _NOISE = .03    # two timings that are closer than this are the same
 
 @patch
-def _gain(self:_Chain, new):
-    "Share of the time or of the bytes that `new` saves, and how to say it"
-    if self.goal.kind == 'bytes': a,b,unit = _megabytes(self.model),_megabytes(new),'MB'
-    else:
-        a,b = self.runner.times([self.model, new], self.goal.batch_size)
-        unit = 'ms'
+def _gain(self:_Chain, c):
+    "Share of the time or of the bytes that candidate `c` saves, and how to say it"
+    now = self.kept[-1]
+    if self.goal.kind == 'bytes': a,b,unit = now.mb,c.mb,'MB'
+    else: (a,b),unit = self.target.times([now, c], self.goal.batch_size),'ms'
     return 1 - b/a, f'{a:.3g} → {b:.3g} {unit}'
+
+@patch
+def _judge(self:_Chain, name, share, model, plan, c):
+    "Keep candidate `c`, or leave it"
+    value,(gain,how) = float(self.evaluate(c.model)),self._gain(c)
+    if not self._good(value, share): why = f'{self.metric} falls too much'
+    elif name not in LOSSLESS and gain <= (0 if self.goal.kind == 'bytes' else _NOISE): why = f'it does not help here, {how}'
+    else: why = ''
+    self._add(name, model, plan, value, f'left out: {why}' if why else how, not why, c)
 
 @patch
 def _step(self:_Chain, name, share):
     "Search, measure, keep or leave"
-    try: plan,note = STEPS[name](self.model, self._measured(name), self.data, self.goal, **self._search(name, share))
+    try:
+        if name == 'quantize' and self.goal.target == 'onnx': return self._int8(share)
+        plan,_ = STEPS[name](self.model, self._measured(name), self.data, self.goal, **self._search(name, share))
+        if plan is None: return self._add(name, self.model, None, math.nan, f'left out: no budget kept {self.metric}', False)
+        new = plan.apply(self.model)
+        if self.tune is not None and name not in LOSSLESS: new = self.tune(new)
+        c = self.target.candidate(new)
     except (ValueError, RuntimeError) as e: return self._add(name, self.model, None, math.nan, f'left out: {_sentence(e)}', False)
-    if plan is None: return self._add(name, self.model, None, math.nan, f'left out: no budget kept {self.metric}', False)
-    new = plan.apply(self.model)
-    if self.tune is not None and name not in LOSSLESS: new = self.tune(new)
-    value,(gain,how) = float(self.evaluate(new)),self._gain(new)
-    if name in LOSSLESS or gain > (0 if self.goal.kind == 'bytes' else _NOISE): why = '' if self._good(value, share) else 'it loses too much'
-    else: why = f'it does not help here, {how}'
-    self._add(name, new, plan, value, f'left out: {why}' if why else how, not why)
+    self._judge(name, share, new, plan, c)
+
+@patch
+def _feeds(self:_Chain):
+    "Inputs of the file, by name"
+    form,xs = batches_of(self.model, self.data, 8)
+    return [dict(zip(form.names, o)) for o in xs]
+
+@patch
+def _int8(self:_Chain, share):
+    "8 bits in the file: all layers, or all that may be"
+    for least in (None, .98):
+        path = self.target.fresh()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)    # what it warns of is measured here
+            res = quantize_onnx(self.kept[-1].path, path, self._feeds(), min_agreement=least)
+        c = self.target.opened(path)
+        if res.exporter.startswith('dynamic') or self._good(float(self.evaluate(c.model)), share): break
+    self._judge('quantize', share, self.model, f'{res.exporter}: {res.notes[0]}', c)
+    if self.kept[-1] is c: self.int8 = dict(min_agreement=least)
 
 @patch
 def _search(self:_Chain, name, share):
@@ -109,11 +142,30 @@ def _timed(self:_Chain):
     "Fill in the times of the kept rows"
     kept = [o for o in self.rows if o['kept']]
     for k,n in (('ms', self.goal.batch_size), ('ms32', 32)):
-        for o,t in zip(kept, self.runner.times(self.kept, n)): o[k] = t
+        for o,t in zip(kept, self.target.times(self.kept, n)): o[k] = t
 
 def _frame(rows, columns): return pd.DataFrame(rows, columns=[*columns]).astype(columns)
 
-# %% ../../nbs/workflow/chain.ipynb #c18ac539
+# %% ../../nbs/workflow/chain.ipynb #ed867298
+def _check(goal, target, path, batch_size, overwrite):
+    if goal not in ('latency','bytes'): raise ValueError(f"goal must be 'latency' or 'bytes', got {goal!r}.")
+    if target not in ('torch','onnx'): raise ValueError(f"target must be 'torch' or 'onnx', got {target!r}.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f'batch_size must be an int of at least 1, got {batch_size!r}.')
+    if (path is None) == (target == 'onnx'):
+        raise ValueError("target='onnx' writes a file: pass path=." if path is None else "path= is for target='onnx'; report.model is the result.")
+    if path is not None: check_target(path, overwrite)
+
+def _run(c, names):
+    "All steps; what cut them short"
+    lossy,bar = [o for o in names if o not in LOSSLESS],_Bar(names, 'compress')
+    try:
+        for name in bar:
+            bar.comment = name
+            c._step(name, (lossy.index(name) + 1)/len(lossy) if name in lossy else 0.)
+    except KeyboardInterrupt: return f'; interrupted in the step {name!r}: what came before is kept'
+    return ''
+
 def compress(
     model: nn.Module,                       # left unchanged
     evaluate: Callable[[nn.Module],float],  # the metric of a model, on data kept for validation
@@ -122,26 +174,26 @@ def compress(
     max_drop: float = 0.01,                 # loss that is still good, in units of the metric
     higher_is_better: bool = True,          # does a larger metric mean a better model?
     metric: str = 'metric',                 # its name, for the report
+    target: Literal['torch','onnx'] = 'torch',      # what is measured: the model, or the ONNX file that it becomes
+    path: str|os.PathLike|None = None,      # file to write, for target='onnx'
     goal: Literal['latency','bytes'] = 'latency',   # what shall become small
     batch_size: int = 1,                    # items at once, where time counts
     steps: Iterable[str]|None = None,       # some of 'fold', 'prune', 'decompose', 'quantize'; None for all
     tune: Callable[[nn.Module],nn.Module]|None = None,  # trains the result of a step further, and returns it
+    overwrite: bool = False,                # replace an existing file?
 ) -> CompressionReport:                     # `.model` is the result
     "Try the steps in order; each is searched with its share of the drop, measured, and kept only if it helps"
     check_search(max_drop, (1.,), 0)
     names = check_steps(steps)
-    if goal not in ('latency','bytes'): raise ValueError(f"goal must be 'latency' or 'bytes', got {goal!r}.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f'batch_size must be an int of at least 1, got {batch_size!r}.')
-    c = _Chain(model, evaluate, data, Goal(goal, batch_size), max_drop, higher_is_better, metric, Runner(model, data), tune)
-    c._add('before', model, None, float(evaluate(model)), '', True)
-    note = _where([model])
-    lossy,bar = [o for o in names if o not in LOSSLESS],_Bar(names, 'compress')
-    try:
-        for name in bar:
-            bar.comment = name
-            c._step(name, (lossy.index(name) + 1)/len(lossy) if name in lossy else 0.)
-    except KeyboardInterrupt: note += f'; interrupted in the step {name!r}: what came before is kept'
-    c._timed()
+    _check(goal, target, path, batch_size, overwrite)
+    with tempfile.TemporaryDirectory() as folder:
+        t = TorchTarget(model, data) if target == 'torch' else FileTarget(model, data, Path(folder))
+        c = _Chain(model, evaluate, data, Goal(goal, batch_size, target), max_drop, higher_is_better, metric, t, tune)
+        c._add('before', model, None, float(evaluate(model)), '', True, t.candidate(model))
+        note = _where([model]) + (', ONNX Runtime' if path else '') + _run(c, names)
+        c._timed()
+        if path is not None:
+            with staged(path, overwrite) as tmp: shutil.copyfile(c.kept[-1].path, tmp)
     tried = pd.DataFrame(c.tried, columns='step metric mb ms'.split())
-    return CompressionReport(_frame(c.rows, COLUMNS), tried, c.model, tuple(c.plans), metric, max_drop, higher_is_better, batch_size, note=note)
+    return CompressionReport(_frame(c.rows, COLUMNS), tried, c.model, tuple(c.plans), metric, max_drop, higher_is_better, batch_size,
+                             None if path is None else Path(path), c.int8, note)

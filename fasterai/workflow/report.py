@@ -30,6 +30,7 @@ class CompressionReport:
     higher_is_better: bool
     batch_size: int = 1             # items at once in the column ms
     path: Path|None = None          # file that was written
+    int8: dict|None = None          # arguments of `quantize_onnx`, where 8 bits in the file are part of the result
     note: str = ''                  # where it was measured, and what cut the search short
 
     @property
@@ -47,11 +48,12 @@ class CompressionReport:
         "The result in one line"
         a,b = self.first,self.last
         done = ', '.join(self.frame[self.frame.kept].step[1:]) or 'nothing helped'
+        faster = f'{a.ms/b.ms:.1f} × faster' if b.ms <= a.ms else f'{b.ms/a.ms:.1f} × slower'
         return (f'{done}: {self.metric} {a.metric:.4g} → {b.metric:.4g}, {a.mb:.3g} → {b.mb:.3g} MB ({a.mb/b.mb:.1f} × smaller), '
-                f'{a.ms:.3g} → {b.ms:.3g} ms ({a.ms/b.ms:.1f} × faster) at batch size {self.batch_size}')
+                f'{a.ms:.3g} → {b.ms:.3g} ms ({faster}) at batch size {self.batch_size}')
 
-# %% ../../nbs/workflow/report.ipynb #dbeb52b3
-_FORMS = dict(params='{:,}', mb='{:.2f}', ms='{:.3g}', ms32='{:.3g}', metric='{:.4g}')
+# %% ../../nbs/workflow/report.ipynb #e96995a0
+_FORMS = dict(params='{:,}', mb='{:.3g}', ms='{:.3g}', ms32='{:.3g}', metric='{:.4g}')
 
 def _cell(k, v): return '' if pd.isna(v) else _FORMS[k].format(v) if k in _FORMS else str(v)
 

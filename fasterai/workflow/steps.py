@@ -21,7 +21,8 @@ from ..quantize.search import bit_find
 class Goal:
     "What shall become small"
     kind: Literal['latency','bytes']
-    batch_size: int     # items at once, where time counts
+    batch_size: int = 1                 # items at once, where time counts
+    target: Literal['torch','onnx'] = 'torch'   # what is measured
 
 def _fold(model, evaluate, data, goal, **search):
     plan = BN_Folder().plan(model, data)
