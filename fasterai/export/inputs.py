@@ -161,7 +161,7 @@ def dynamic_axes(
                          f'got {_short(dynamic)}.')
     return _auto(model, form, xs)
 
-# %% ../../nbs/export/inputs.ipynb #37bb65e2
+# %% ../../nbs/export/inputs.ipynb #07c613bb
 _ROWS = 4      # of the batch that is traced
 
 def traced(
@@ -187,7 +187,8 @@ def trials(
         else:
             tried = [resized(xs, axes, name, k) for k in (n//2+1, n+1, 2*n) if k != n]
             fits = next((o for o in tried if runs(model, form, o)), None)
-            if fits is None: raise ValueError(f'the model itself does not run with another size of {name!r} than {n}: leave it out of dynamic.')
+            if fits is None:
+                raise ValueError(f'the model itself does not run with another size of {name!r} than {n}: leave it out of dynamic.')
             res.append((f'another {name}', fits))
     return res
 
