@@ -909,6 +909,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.export.inputs._named': ('export/inputs.html#_named', 'fasterai/export/inputs.py'),
                                         'fasterai.export.inputs._parameters': ( 'export/inputs.html#_parameters',
                                                                                 'fasterai/export/inputs.py'),
+                                        'fasterai.export.inputs._reset': ('export/inputs.html#_reset', 'fasterai/export/inputs.py'),
                                         'fasterai.export.inputs._sized': ('export/inputs.html#_sized', 'fasterai/export/inputs.py'),
                                         'fasterai.export.inputs.as_batch': ('export/inputs.html#as_batch', 'fasterai/export/inputs.py'),
                                         'fasterai.export.inputs.batches_of': ('export/inputs.html#batches_of', 'fasterai/export/inputs.py'),
