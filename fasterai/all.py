@@ -11,6 +11,10 @@ from fasterai.core.readers import weight_readers
 from fasterai.core.report import ModelComparison, compare_models, plot_tradeoff
 from fasterai.core.store import load_compressed, save_compressed
 from fasterai.core.weights import load_weights
+from fasterai.export.cli import fasterai_export
+from fasterai.export.int8 import quantize_onnx
+from fasterai.export.onnx import export_onnx
+from fasterai.export.runtime import ONNXModel, load_onnx_learner
 from fasterai.fold.plan import FoldPlan
 from fasterai.lowrank.checkpoint import decompose_checkpoint, load_decomposed
 from fasterai.lowrank.cli import run_example
@@ -35,5 +39,5 @@ from fasterai.quantize.plan import QuantizationPlan
 from fasterai.quantize.policies import ByteBudget
 from fasterai.quantize.quantizer import Quantizer
 # methods of the Learner
-import fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank
+import fasterai.export.learner as _export, fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank
 import fasterai.prune.learner as _prune, fasterai.quantize.learner as _quantize

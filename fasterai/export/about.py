@@ -6,18 +6,17 @@
 __all__ = ['plain', 'kind_of', 'vocab_of', 'steps_of', 'scaling_of', 'mode_of', 'images_of', 'columns_of', 'numbers_of',
            'rows_to_try', 'rows_as_tensors']
 
-# %% ../../nbs/export/about.ipynb #00c37cc5
+# %% ../../nbs/export/about.ipynb #e239c336
 import math
 import numpy as np, torch
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.tabular.core import Categorify, FillMissing, Tabular
 from fastai.vision.augment import CropPad, RandomResizedCrop, RandTransform, Resize
 from fastai.vision.core import AddMaskCodes, BBoxLabeler, PILImage, PILImageBW, PointScaler
 from torch import nn
 from .items import row_arrays
 from .text import is_text_classifier
 
-# %% ../../nbs/export/about.ipynb #dbbbb741
+# %% ../../nbs/export/about.ipynb #e61d4058
 def _fs(pipeline): return list(getattr(pipeline, 'fs', ()))
 def _one(fs, kind): return next((f for f in fs if isinstance(f, kind)), None)
 def _dl(dls): return dls.valid if len(dls.loaders) > 1 else dls.train
@@ -33,7 +32,7 @@ def kind_of(
 ) -> str:
     "What the items are: 'vision', 'tabular', 'text' or 'other'"
     dl = _dl(dls)
-    if isinstance(getattr(dl, 'dataset', None), Tabular): return 'tabular'
+    if any(c.__name__ == 'Tabular' for c in type(getattr(dl, 'dataset', None)).__mro__): return 'tabular'
     if is_text_classifier(model): return 'text'
     return 'vision' if _one(_fs(getattr(dl, 'after_batch', None)), IntToFloatTensor) is not None else 'other'
 
@@ -43,7 +42,7 @@ def vocab_of(dls, kind) -> list|None:
     if kind == 'text' and v is not None: v = v[1] if len(v) == 2 and not isinstance(v[0], str) else None
     return None if v is None or callable(v) else [plain(o) for o in v]
 
-# %% ../../nbs/export/about.ipynb #9da3314f
+# %% ../../nbs/export/about.ipynb #7df8e5e1
 _NOT_OF_IMAGES = ToTensor, AddMaskCodes, PointScaler, BBoxLabeler
 
 def steps_of(dls) -> list[dict]|None:
@@ -56,7 +55,8 @@ def steps_of(dls) -> list[dict]|None:
         elif type(f) is CropPad: res.append(dict(step='centre', size=size, pad=f.pad_mode))
         elif type(f) is RandomResizedCrop:
             more = math.ceil(max(size)*f.val_xtra/8)*8
-            res.append(dict(step='wider' if more else 'resize', size=size, wide=[s + more for s in size], method='squish', resample=int(f.mode)))
+            step = dict(step='wider' if more else 'resize', size=size, wide=[s + more for s in size], method='squish')
+            res.append(step | dict(resample=int(f.mode)))
         else: return None
     return res
 
@@ -94,17 +94,15 @@ def _smooth(rng, h, w, cls):
     a = rng.integers(0, 256, (h//8 + 1, w//8 + 1, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)[:h,:w]
     return a[:,:,0] if cls is PILImageBW else a
 
-# %% ../../nbs/export/about.ipynb #05332f32
+# %% ../../nbs/export/about.ipynb #c23d9b98
 def _tables(dls):
     to = _dl(dls).dataset
-    return to,{type(p): p for p in to.procs.fs}
-
-def _proc(procs, kind): return next((p for c,p in procs.items() if issubclass(c, kind)), None)
+    return to,{c.__name__: p for p in to.procs.fs for c in type(p).__mro__}     # by name: importing fastai.tabular sets options of pandas
 
 def columns_of(dls) -> dict:
     "Names, categories and fills of a table"
     to,procs = _tables(dls)
-    cats,fill = _proc(procs, Categorify),_proc(procs, FillMissing)
+    cats,fill = procs.get('Categorify'),procs.get('FillMissing')
     fills = {} if fill is None else fill.na_dict
     flags = {f'{c}_na': c for c in fills if fill.add_col and f'{c}_na' in to.cat_names}
     return dict(cats={c: [plain(o) for o in cats.classes[c]] for c in to.cat_names} if cats else {}, conts=[*to.cont_names], fills=[*fills],
@@ -113,9 +111,10 @@ def columns_of(dls) -> dict:
 def numbers_of(dls) -> dict:
     "Of the columns of numbers: `fills`, `mean`, `std`"
     to,procs = _tables(dls)
-    fill,norm = _proc(procs, FillMissing),_proc(procs, Normalize)
+    fill,norm = procs.get('FillMissing'),procs.get('Normalize')
     fills = {} if fill is None else fill.na_dict
-    stats = {} if norm is None else dict(mean=[float(norm.means[c]) for c in to.cont_names], std=[float(norm.stds[c]) for c in to.cont_names])
+    def listed(d): return [float(d[c]) for c in to.cont_names]
+    stats = {} if norm is None else dict(mean=listed(norm.means), std=listed(norm.stds))
     return dict(fills=[float(fills.get(c, math.nan)) for c in to.cont_names]) | stats
 
 def rows_to_try(

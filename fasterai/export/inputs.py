@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves_with_path, t
 from ..core.batches import Batches, _short, left_as_found
 from ..core.check import _FAILS
 
-# %% ../../nbs/export/inputs.ipynb #e41c0380
+# %% ../../nbs/export/inputs.ipynb #3b315d40
 def _joined(base, path):
     "`base` and the keys of `path` as one identifier"
     keys = [getattr(k, 'key', getattr(k, 'idx', getattr(k, 'name', k))) for k in path]
@@ -59,6 +59,10 @@ class Form:
         args,kw = tree_unflatten(leaves, self.spec)
         return model(*args, **kw)
 
+def _reset(model):
+    "Without a state from the call before"
+    if callable(f := getattr(model, 'reset', None)): f()
+
 def outputs(
     o,                                  # what a model returned
 ) -> dict[str,torch.Tensor]:
@@ -80,7 +84,9 @@ class Flat(nn.Module):
     def __init__(self, model: nn.Module, form: Form):
         super().__init__()
         self.model,self.form = model,form
-    def forward(self, *xs): return tuple(outputs(self.form.call(self.model, xs)).values())
+    def forward(self, *xs):
+        _reset(self.model)
+        return tuple(outputs(self.form.call(self.model, xs)).values())
 
 # %% ../../nbs/export/inputs.ipynb #613b5992
 def _sized(x, axis, n):
@@ -107,7 +113,7 @@ def rows_of(
     n = next((len(x) for x in xs if x.ndim), None)
     return [{0: 'batch'} if x.ndim and len(x) == n else {} for x in xs]
 
-# %% ../../nbs/export/inputs.ipynb #bd0438b4
+# %% ../../nbs/export/inputs.ipynb #34b63939
 def runs(
     model: nn.Module,       # left as found
     form: Form,
@@ -116,7 +122,7 @@ def runs(
     "The output of `model`, in eval mode, without a state from before"
     p = next(model.parameters(), None)
     with left_as_found(model), torch.no_grad():
-        if callable(reset := getattr(model, 'reset', None)): reset()
+        _reset(model)
         try: o = outputs(form.call(model, tuple(x.clone() if p is None else x.clone().to(p.device) for x in xs)))
         except _FAILS: return None
     return {k: t.detach().cpu().as_subclass(torch.Tensor) for k,t in o.items()}
@@ -161,7 +167,7 @@ def dynamic_axes(
                          f'got {_short(dynamic)}.')
     return _auto(model, form, xs)
 
-# %% ../../nbs/export/inputs.ipynb #37bb65e2
+# %% ../../nbs/export/inputs.ipynb #07c613bb
 _ROWS = 4      # of the batch that is traced
 
 def traced(
@@ -187,7 +193,8 @@ def trials(
         else:
             tried = [resized(xs, axes, name, k) for k in (n//2+1, n+1, 2*n) if k != n]
             fits = next((o for o in tried if runs(model, form, o)), None)
-            if fits is None: raise ValueError(f'the model itself does not run with another size of {name!r} than {n}: leave it out of dynamic.')
+            if fits is None:
+                raise ValueError(f'the model itself does not run with another size of {name!r} than {n}: leave it out of dynamic.')
             res.append((f'another {name}', fits))
     return res
 

@@ -23,14 +23,18 @@ from .runtime import _fitting
 from .static import OPS, Static, kept_float, weighted
 from .verify import _shapes, described, ort_errors, session
 
-# %% ../../nbs/export/int8.ipynb #5e1c1dc9
+# %% ../../nbs/export/int8.ipynb #cea54739
+def _array(v):
+    return v.detach().cpu().as_subclass(torch.Tensor).numpy() if isinstance(v, torch.Tensor) else np.asarray(v)
+
 def _feed(batch, wants):
     "A batch by name, checked against the inputs of the file"
     names = [w.name for w in wants]
     if isinstance(batch, Mapping): given = {k: v for k,v in batch.items() if k in names}
     else: given = dict(zip(names, tree_leaves(batch) if isinstance(batch, (tuple, list)) else [batch]))
-    if (lost := [n for n in names if n not in given]): raise ValueError(f'a batch of data lacks the input {lost[0]!r}; the file takes {", ".join(names)}.')
-    arrays = {k: v.detach().cpu().as_subclass(torch.Tensor).numpy() if isinstance(v, torch.Tensor) else np.asarray(v) for k,v in given.items()}
+    if (lost := [n for n in names if n not in given]):
+        raise ValueError(f'a batch of data lacks the input {lost[0]!r}; the file takes {", ".join(names)}.')
+    arrays = {k: _array(v) for k,v in given.items()}
     return {w.name: _fitting(arrays[w.name], w) for w in wants}
 
 def feeds_of(sess, data, n_batches) -> list[dict[str,np.ndarray]]:
@@ -46,7 +50,7 @@ def _other_rows(sess, feed):
     n = min(len(a) for a in feed.values())
     return [(what, {k: a[np.arange(m) % n] for k,a in feed.items()}) for what,m in (('one row', 1), ('one row more', n+1))]
 
-# %% ../../nbs/export/int8.ipynb #dfcf7051
+# %% ../../nbs/export/int8.ipynb #5517345d
 def _first(outs): return next((o for o in outs if o.dtype.kind == 'f' and o.ndim > 1), outs[0]).astype(np.float64)
 
 def _norm_error(a, b):
@@ -68,7 +72,8 @@ def _beside(dense, sess, cases) -> tuple[list[Trial],float]:
         a = _first(dense.run(None, feed))
         try: b = _first(sess.run(None, feed))
         except ort_errors() as e: raise ValueError(f'the quantized file does not run on {what}: {str(e).splitlines()[0][:200]}') from None
-        res.append(Trial(what, _shapes(feed.values()), _norm_error(a, b), sess.get_outputs()[0].name, _same(a, b), bool(np.isfinite(b).all())))
+        name,fine = sess.get_outputs()[0].name,bool(np.isfinite(b).all())
+        res.append(Trial(what, _shapes(feed.values()), _norm_error(a, b), name, _same(a, b), fine))
         cosines.append(_cosine(a, b))
     return res,float(np.mean(cosines))
 
@@ -101,7 +106,7 @@ def _mostly_products(proto):
     n = {conv: sum(size[w] for k,w in weighted(proto).items() if kinds[k].startswith('Conv') is conv) for conv in (True, False)}
     return n[False] > n[True] and any(n.op_type in ('Softmax', 'LayerNormalization') for n in proto.graph.node)
 
-# %% ../../nbs/export/int8.ipynb #af91304f
+# %% ../../nbs/export/int8.ipynb #afe36677
 def _static(path, out, folder, exclude, feeds, dense, least):
     if feeds is None: raise ValueError('static quantization needs data=: convolutions have no dynamic form that is faster.')
     static,notes = Static(path, folder, feeds),[]
@@ -110,7 +115,8 @@ def _static(path, out, folder, exclude, feeds, dense, least):
     tried = feeds[-max(1, len(feeds)//4):]
     if least is not None and _measure(dense, tried, out)[1] < least:
         keep = kept_float(static, out, keep, partial(_measure, dense, tried), least)
-        notes.append(f'for an agreement of {least:g}, {len(keep)} of {len(static.nodes)} nodes stay float: {", ".join(keep[:6])}{", …"*(len(keep) > 6)}')
+        some = ', '.join(keep[:6]) + ', …'*(len(keep) > 6)
+        notes.append(f'for an agreement of {least:g}, {len(keep)} of {len(static.nodes)} nodes stay float: {some}')
     return notes or [f'{len(static.nodes) - len(keep)} of {len(static.nodes)} nodes in 8 bits']
 
 def _dynamic(proto, out, folder, exclude, feeds, rows, smooth, embeddings):
@@ -126,13 +132,14 @@ def _dynamic(proto, out, folder, exclude, feeds, rows, smooth, embeddings):
 
 def _warn(r: ONNXReport, least):
     "Say where it does not pay"
-    if r.ms and r.ms[1] > r.ms[0]: _warn_user(f'int8 is {r.ms[1]/r.ms[0]:.1f} times slower than float32 here ({r.ms[0]:.3g} → {r.ms[1]:.3g} ms).')
+    if r.ms and r.ms[1] > r.ms[0]:
+        _warn_user(f'int8 is {r.ms[1]/r.ms[0]:.1f} times slower than float32 here ({r.ms[0]:.3g} → {r.ms[1]:.3g} ms).')
     if r.nbytes > r.source_bytes: _warn_user(f'the int8 file is larger than the float32 file ({r.source_bytes:,} → {r.nbytes:,} bytes).')
     if r.agreement is not None and r.agreement < (.95 if least is None else least):
         way = '. Pass min_agreement=.95 to find the layers that must stay float' if least is None and r.exporter == 'static int8' else ''
         _warn_user(f'only {r.agreement:.1%} of the answers are those of float32{way}.')
 
-# %% ../../nbs/export/int8.ipynb #b63bd52b
+# %% ../../nbs/export/int8.ipynb #ac2d6f0b
 def quantize_onnx(
     path: str|os.PathLike,              # ONNX file in float32
     out: str|os.PathLike,               # file to write
@@ -150,7 +157,8 @@ def quantize_onnx(
     "Write an int8 form of an ONNX file, and measure time, size and agreement"
     needs('onnx', 'onnxruntime')
     import onnx
-    if min_agreement is not None and not 0 < min_agreement <= 1: raise ValueError(f'min_agreement must be in (0, 1], got {min_agreement!r}.')
+    if min_agreement is not None and not 0 < min_agreement <= 1:
+        raise ValueError(f'min_agreement must be in (0, 1], got {min_agreement!r}.')
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'no such file: {path}.')
     check_target(out, overwrite)

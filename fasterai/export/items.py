@@ -62,7 +62,7 @@ def image_array(
     a = np.asarray(im)
     return a if a.ndim == 3 else a[:,:,None]
 
-# %% ../../nbs/export/items.ipynb #0eb183bf
+# %% ../../nbs/export/items.ipynb #0ad13d1d
 def _missing(v): return v is None or type(v).__name__ in ('NAType', 'NaTType') or isinstance(v, (float, np.floating)) and v != v
 
 def _code(v, classes, name):
@@ -77,7 +77,9 @@ def row_arrays(
     "A row as the file takes it"
     cats,conts,flags = columns['cats'],columns['conts'],columns['flags']
     lost = [c for c in (*cats, *conts) if c not in row and c not in flags]
-    if lost: raise ValueError(f'the row has no column {lost[0]!r}. Columns: {", ".join(map(repr, [c for c in (*cats, *conts) if c not in flags]))}.')
+    if lost:
+        known = ', '.join(repr(c) for c in (*cats, *conts) if c not in flags)
+        raise ValueError(f'the row has no column {lost[0]!r}. Columns: {known}.')
     gaps = {c for c in conts if _missing(row[c])}
     if (bad := sorted(gaps - set(columns['fills']))):
         raise ValueError(f'{bad[0]!r} is missing, and was never missing in training, so there is no value to fill in: pass a number.')

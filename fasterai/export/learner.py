@@ -111,7 +111,7 @@ def _about(learn, kind, decode, normalize, served):
     if kind == 'text': res |= dict(tokens=[*map(str, learn.dls.vocab[0])], pad=get_model(learn.model)[0].pad_idx)
     return dict(fasterai=res)
 
-# %% ../../nbs/export/learner.ipynb #e4dfb4c9
+# %% ../../nbs/export/learner.ipynb #557d99f3
 _CLOSE = 1e-4       # largest difference of a probability, or of a value relative to its size
 
 def _wanted(learn, kind, item):
@@ -138,7 +138,8 @@ def _compare(learn, kind, path, tolerance):
         got = model.predict(item.tolist() if kind == 'text' else item)[2]
         off = float(np.abs(want.reshape(got.shape) - got).max())/max(1., float(np.abs(want).max()))
         if not off <= tolerance: raise ValueError(
-            f'the file predicts something else than learn.predict: item {i} differs by {off:.1e} (at most {tolerance:g}). No file was written. '
+            f'the file predicts something else than learn.predict: item {i} differs by {off:.1e} (at most {tolerance:g}). '
+            'No file was written. '
             'A transform of batches or items may do more than the file can: normalize=False exports the model alone.')
     np.random.set_state(rng)
     return len(items)
@@ -170,7 +171,7 @@ def export_onnx(self:Learner,
     more = (f'{n} items predicted as by learn.predict',) if n else ()
     return ONNXReport(**(vars(res) | dict(path=Path(path), notes=(*more, *res.notes))))
 
-# %% ../../nbs/export/learner.ipynb #b4e48295
+# %% ../../nbs/export/learner.ipynb #68430d72
 @patch
 @delegates(quantize_onnx)
 def quantize_onnx(self:Learner,
@@ -182,6 +183,7 @@ def quantize_onnx(self:Learner,
 ) -> ONNXReport:            # compared with the float file
     "Write an int8 form of an exported file, with ranges from the training set"
     kind = kind_of(self.dls, get_model(self.model))
-    if not len(self.dls.train.dataset): raise ValueError('an exported Learner holds no items: call quantize_onnx(path, out, data) with some.')
+    if not len(self.dls.train.dataset):
+        raise ValueError('an exported Learner holds no items: call quantize_onnx(path, out, data) with some.')
     data = list(islice(_raw(self.dls.train), n_batches)) if kind == 'vision' else _files(self, kind, True, 16*n_batches)
     return quantize_onnx(path, out, data, n_batches=n_batches, **kwargs)

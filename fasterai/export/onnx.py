@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../../nbs/export/onnx.ipynb #a6d231dc
+# %% ../../nbs/export/onnx.ipynb #bee06ce0
 import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
-from ..core.batches import _short
+from ..core.batches import _short, left_as_found
 from ..core.check import _FAILS
 from ..core.latency import _latencies
 from .exporters import EXPORTERS, annotate, check_target, listening, needs, save_graph, staged, to_graph
@@ -21,12 +21,13 @@ from .prepare import folded, grown, plain_copy, state_bytes
 from .report import ONNXReport
 from .verify import described, feed, ort_errors, session, tried
 
-# %% ../../nbs/export/onnx.ipynb #6d1aa27d
+# %% ../../nbs/export/onnx.ipynb #33673ca6
 def _order(model, axes, exporter):
     "Exporters to try, and the reason for the first one"
     if exporter != 'auto': return [exporter],''
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    if recurrent and any(a for ds in axes for a in ds if a): return ['torchscript','dynamo'],'the model is recurrent, and the length is open'
+    if recurrent and any(a for ds in axes for a in ds if a):
+        return ['torchscript','dynamo'],'the model is recurrent, and the length is open'
     return ['dynamo','torchscript'],''
 
 def _check(model, exporter, dynamic, opset, half, rtol, atol):
@@ -38,9 +39,10 @@ def _check(model, exporter, dynamic, opset, half, rtol, atol):
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or opset < 9):
         raise ValueError(f'opset must be an int of at least 9, or None, got {_short(opset)}.')
     if not rtol > 0 or not atol >= 0: raise ValueError(f'rtol must be positive and atol not negative, got {rtol!r} and {atol!r}.')
-    if any(p.is_meta for p in model.parameters()): raise ValueError('the model is on the meta device and holds no values: load its weights first.')
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError('the model is on the meta device and holds no values: load its weights first.')
 
-# %% ../../nbs/export/onnx.ipynb #511442fe
+# %% ../../nbs/export/onnx.ipynb #35114186
 def _small(form, xs, axes):
     "As few inputs as show what a model does: for the proof of folding"
     return resized(xs, axes, 'batch', 2) if any('batch' in ds.values() for ds in axes) else xs
@@ -50,7 +52,7 @@ def _graph(model, form, xs, axes, exporter, opset, fold):
     copy,note = plain_copy(model, exporter),''
     if any(x.dtype in (torch.float16, torch.bfloat16) for x in xs): xs = tuple(x.float() if x.is_floating_point() else x for x in xs)
     if fold: copy,note = folded(copy, form, _small(form, xs, axes))
-    names = [*outputs(form.call(copy, xs))]
+    with left_as_found(copy), torch.no_grad(): names = [*outputs(form.call(copy, xs))]
     proto,said = to_graph(exporter, Flat(copy, form), xs, form.names, names, axes, opset)
     return proto,[note] if note else [],said
 
@@ -71,7 +73,7 @@ def _times(model, form, xs, sess):
     finally:
         for m,t in was: m.training = t
 
-# %% ../../nbs/export/onnx.ipynb #f204934e
+# %% ../../nbs/export/onnx.ipynb #0c1de5ff
 def _attempt(job, exporter, path):
     "Write one file and try it; raises where it does not hold"
     model,form,xs,cases = job['model'],job['form'],job['xs'],job['cases']
@@ -83,8 +85,9 @@ def _attempt(job, exporter, path):
     except ort_errors() as e: raise ValueError(f'ONNX Runtime does not load it: {str(e).splitlines()[0][:200]}') from None
     found = tried(model, sess, form, cases, job['rtol'], job['atol'])
     if (bad := next((t for t in found if not t.ok), None)): raise ValueError(f'{bad} (rtol {job["rtol"]:g})')
-    return described(path, sess, source_bytes=state_bytes(model), exporter=exporter, trials=tuple(found), notes=tuple(notes), said=tuple(said),
-        ms=_times(model, form, xs, sess) if job['latency'] else None)
+    ms = _times(model, form, xs, sess) if job['latency'] else None
+    return described(path, sess, source_bytes=state_bytes(model), exporter=exporter, trials=tuple(found), ms=ms, notes=tuple(notes),
+        said=tuple(said))
 
 def _why(e): return f'{type(e).__name__}: ' * (not isinstance(e, ValueError)) + ' '.join(str(e).split())[:300]
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 from .exporters import listening
 
-# %% ../../nbs/export/rows.ipynb #5a8d02a8
+# %% ../../nbs/export/rows.ipynb #e8370d8e
 def _opset(proto): return next(o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx'))
 
 class Products:
@@ -30,12 +30,12 @@ class Products:
             if n.op_type != 'MatMul' or n.input[1] not in weights: continue
             if not n.name: n.name = f'product_{i}'
             W = weights[n.input[1]]
-            if W.data_type == 1 and len(W.dims) == 2 and not {n.name, n.input[1], n.input[1].removesuffix('_Transposed')} & ({*exclude} | excluded):
-                self.groups[n.input[0]].append(n)
+            left = {n.name, n.input[1], n.input[1].removesuffix('_Transposed')} & ({*exclude} | excluded)
+            if W.data_type == 1 and len(W.dims) == 2 and not left: self.groups[n.input[0]].append(n)
         self.weight = lambda n: numpy_helper.to_array(weights[n.input[1]])
         self.names = {n.name for ns in self.groups.values() for n in ns}
 
-# %% ../../nbs/export/rows.ipynb #225d2818
+# %% ../../nbs/export/rows.ipynb #acfe963b
 def _node(op, ins, out, **kw):
     from onnx import helper
     return helper.make_node(op, ins, [out], name=f'{out}_node', **kw)
@@ -68,7 +68,9 @@ def rows_to_one(
     for x,nodes in p.groups.items():
         front,one,top = _ahead(p, x, scales.get(x))
         for n in nodes:
-            if scales.get(x) is not None: n.input[1] = _constant(p.proto, f'{n.name}_smooth', (p.weight(n)*scales[x][:,None]).astype(np.float32))
+            if scales.get(x) is not None:
+                W = (p.weight(n)*scales[x][:,None]).astype(np.float32)
+                n.input[1] = _constant(p.proto, f'{n.name}_smooth', W)
             y,n.input[0] = n.output[0],one
             n.output[0] = f'{n.name}_of_one'
             changed[n.name] = _node('Mul', [n.output[0], top], y)
@@ -107,7 +109,7 @@ def smoothing(
     s = np.clip(s/np.median(s), 1e-3, 1e3)
     return s if error(s) < .9*error(np.ones_like(s)) else None
 
-# %% ../../nbs/export/rows.ipynb #29f6cbc9
+# %% ../../nbs/export/rows.ipynb #35260cae
 _ROWS = 256     # of an input that are looked at
 
 def collect(
@@ -145,5 +147,5 @@ def write_dynamic(
     ops = ['MatMul', *(['Gather'] if embeddings else [])]
     keep = [n.name for n in p.proto.graph.node if n.op_type == 'MatMul' and n.name not in p.names and n.name]
     with listening():
-        quantize_dynamic(str(path), str(out), op_types_to_quantize=ops, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=keep,
-            extra_options=dict(MatMulConstBOnly=True))
+        quantize_dynamic(str(path), str(out), op_types_to_quantize=ops, weight_type=QuantType.QInt8, per_channel=True,
+            nodes_to_exclude=keep, extra_options=dict(MatMulConstBOnly=True))

@@ -31,7 +31,7 @@ def _fitting(x, want):
         raise ValueError(f'the input {want.name!r} must be {dtype or want.type} {_axes(want.shape)}, got {a.dtype} {_axes(a.shape)}.')
     return np.ascontiguousarray(a.astype(dtype) if dtype else a)
 
-# %% ../../nbs/export/runtime.ipynb #81bc0c2e
+# %% ../../nbs/export/runtime.ipynb #367ab775
 class ONNXModel:
     "An ONNX file that is called with arrays, and predicts for items where a Learner made it"
     def __init__(self,
@@ -81,7 +81,8 @@ class ONNXModel:
         if len(args) > len(names): raise TypeError(f'the file takes {len(names)} inputs ({", ".join(names)}), got {len(args)}.')
         given = dict(zip(names, args)) | named
         if (bad := [k for k in given if k not in names] or [k for k in names if k not in given]):
-            raise TypeError(f'the file takes the inputs {", ".join(names)}: {bad[0]!r} is {"not one of them" if bad[0] in given else "missing"}.')
+            what = 'not one of them' if bad[0] in given else 'missing'
+            raise TypeError(f'the file takes the inputs {", ".join(names)}: {bad[0]!r} is {what}.')
         res = self.session.run(None, {w.name: _fitting(given[w.name], w) for w in wants})
         return res[0] if len(res) == 1 else tuple(res)
 
@@ -90,7 +91,8 @@ class ONNXModel:
     ) -> tuple:         # decoded, index or values, probabilities
         "The prediction for one item, as `learn.predict` gives it"
         if 'kind' not in self.learner:
-            raise ValueError(f'{self.path.name} was not made by learn.export_onnx, so nothing is known of items: call the model with arrays.')
+            raise ValueError(f'{self.path.name} was not made by learn.export_onnx, so nothing is known of items: '
+                'call the model with arrays.')
         return _decoded(self.learner, self(*(a[None] for a in _arrays(self, item))))
 
 def _arrays(model, item):
@@ -111,7 +113,7 @@ def _decoded(about, outs):
     if how == 'labels': return [c for c,there in zip(vocab, found) if there],found,probs
     return vocab[int(found)],int(found),probs
 
-# %% ../../nbs/export/runtime.ipynb #3cc53bcf
+# %% ../../nbs/export/runtime.ipynb #f5795c95
 def load_onnx_learner(
     path: str|os.PathLike,                  # file made by `learn.export_onnx`
     *,
@@ -121,5 +123,6 @@ def load_onnx_learner(
 ) -> ONNXModel:
     "A file that predicts as the Learner did"
     res = ONNXModel(path, providers=providers, threads=threads, tokenizer=tokenizer)
-    if 'kind' not in res.learner: raise ValueError(f'{Path(path).name} was not made by learn.export_onnx with decode=True: use ONNXModel(path).')
+    if 'kind' not in res.learner:
+        raise ValueError(f'{Path(path).name} was not made by learn.export_onnx with decode=True: use ONNXModel(path).')
     return res

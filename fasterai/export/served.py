@@ -12,7 +12,7 @@ from fastcore.basics import noop
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-# %% ../../nbs/export/served.ipynb #e1a641b5
+# %% ../../nbs/export/served.ipynb #317b284d
 class Decoded(nn.Module):
     "The outputs that a service needs"
     def __init__(self,
@@ -23,7 +23,8 @@ class Decoded(nn.Module):
         self.activation,self.decodes = getattr(loss, 'activation', noop),getattr(loss, 'decodes', noop)
         p = self.activation(y)
         d = self.decodes(p)
-        self.kind = 'value' if d is p or d.is_floating_point() else 'labels' if d.dtype is torch.bool else 'label' if d.ndim == 1 else 'mask'
+        if d is p or d.is_floating_point(): self.kind = 'value'
+        else: self.kind = 'labels' if d.dtype is torch.bool else 'label' if d.ndim == 1 else 'mask'
 
     def forward(self, y):
         p = self.activation(y)

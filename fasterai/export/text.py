@@ -11,7 +11,7 @@ from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder
 from torch import nn
 
-# %% ../../nbs/export/text.ipynb #afb6a956
+# %% ../../nbs/export/text.ipynb #89be8f87
 def _plain(r):
     "The recurrent layer without weight dropout"
     m = getattr(r, 'module', r)
@@ -36,7 +36,9 @@ class OnePass(nn.Module):
     ):
         super().__init__()
         enc = clf[0].module
-        if any(getattr(r, 'module', r).bidirectional for r in enc.rnns): raise ValueError('a bidirectional AWD_LSTM reads each chunk of a text backwards, which one pass does not: it cannot be exported.')
+        if any(getattr(r, 'module', r).bidirectional for r in enc.rnns):
+            raise ValueError('a bidirectional AWD_LSTM reads each chunk of a text backwards, which one pass does not: '
+                'it cannot be exported.')
         self.emb,self.rnns,self.head = enc.encoder,nn.ModuleList(map(_plain, enc.rnns)),clf[1].layers
         self.pad,self.bptt,self.max_len = clf[0].pad_idx,clf[0].bptt,clf[0].max_len
 

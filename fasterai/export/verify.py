@@ -52,11 +52,12 @@ def compared(
     shares = [s for k in want if (s := _agreement(want[k], got[k])) is not None]
     return Trial(what, shapes, errors[worst], worst, shares[0] if shares else None, all(near))
 
-# %% ../../nbs/export/verify.ipynb #8eb2c5d0
+# %% ../../nbs/export/verify.ipynb #08e03a1b
 def ort_errors() -> tuple[type,...]:
     "What ONNX Runtime raises"
     from onnxruntime.capi import onnxruntime_pybind11_state as o
-    return tuple(getattr(o, k) for k in ('Fail','InvalidArgument','InvalidGraph','InvalidProtobuf','NoSuchFile','NotImplemented','RuntimeException'))
+    names = 'Fail InvalidArgument InvalidGraph InvalidProtobuf NoSuchFile NotImplemented RuntimeException'
+    return tuple(getattr(o, k) for k in names.split())
 
 def session(path, threads: int|None = None):
     "An ONNX Runtime session on the CPU"
@@ -100,11 +101,11 @@ def tried(
         res.append(compared(want, dict(zip(want, got.values())), what, _shapes(xs), rtol, atol))
     return res
 
-# %% ../../nbs/export/verify.ipynb #8604cca5
+# %% ../../nbs/export/verify.ipynb #dd229d38
 def _port(o):
     "dtype and axes of an input or output"
-    kind = o.type.removeprefix('tensor(').rstrip(')').replace('float', 'float32').replace('float3216', 'float16').replace('double', 'float64')
-    return f'{kind} {"×".join(map(str, o.shape)) or "a number"}'
+    kind = o.type.removeprefix('tensor(').rstrip(')')
+    return f'{dict(float="float32", double="float64").get(kind, kind)} {"×".join(map(str, o.shape)) or "a number"}'
 
 def described(path, sess, **kw) -> ONNXReport:
     "What a file says of itself, and `kw`"
@@ -112,7 +113,8 @@ def described(path, sess, **kw) -> ONNXReport:
     proto = onnx.load(str(path), load_external_data=False)
     opset = next(o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx'))
     ins,outs = [{o.name: _port(o) for o in ps} for ps in (sess.get_inputs(), sess.get_outputs())]
-    return ONNXReport(Path(path), file_bytes(path), opset=opset, inputs=ins, outputs=outs, nodes=dict(Counter(n.op_type for n in proto.graph.node)),
+    nodes = dict(Counter(n.op_type for n in proto.graph.node))
+    return ONNXReport(Path(path), file_bytes(path), opset=opset, inputs=ins, outputs=outs, nodes=nodes,
         metadata=dict(sess.get_modelmeta().custom_metadata_map), **kw)
 
 # %% ../../nbs/export/verify.ipynb #484f1a06
