@@ -39,7 +39,7 @@ def _written(learn, res, path, overwrite):
         with tempfile.TemporaryDirectory() as d:
             learn.export_onnx(Path(d)/'float.onnx')
             file = learn.quantize_onnx(Path(d)/'float.onnx', path, overwrite=overwrite, **res.int8)
-    return replace(res, path=path, note=f'{res.note}; {file.path.name}: {file.nbytes/1e6:.3g} MB, {file.notes[0]}')
+    return replace(res, path=path, note=f'{res.note}; {file.path.name}: {", ".join([f"{file.nbytes/1e6:.3g} MB", *file.notes[:1]])}')
 
 # %% ../../nbs/workflow/learner.ipynb #b8ed63d1
 @patch

@@ -69,7 +69,7 @@ def _shown(self:CompressionReport) -> pd.DataFrame:
 def _notes(self:CompressionReport) -> list[str]:
     "What stands below the table: why each step was kept or left, and where it was measured"
     said = [f'{o.step}: {o.why}' for o in self.frame.itertuples() if o.why]
-    return [*said, *([f'written to {self.path}'] if self.path else []), self.note]
+    return [*said, *([f'written to {self.path.name}'] if self.path else []), self.note]
 
 @patch
 def __repr__(self:CompressionReport): return '\n'.join([self.title, self._shown().to_string(index=False), *self._notes()])

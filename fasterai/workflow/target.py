@@ -66,10 +66,10 @@ class FileModel(nn.Module):
     def __init__(self, sess, form: Form, *, single: bool = True):
         super().__init__()
         self.sess,self.form,self.single = sess,form,single
+        self.empty = nn.Parameter(torch.empty(0), False)    # a Learner asks it for the device
     def forward(self, *args, **kw):
-        xs = self.form.tensors(args, kw)
-        device = xs[0].device if not args else next((a.device for a in args if isinstance(a, torch.Tensor)), xs[0].device)
-        res = {k: torch.from_numpy(v).to(device) for k,v in run_file(self.sess, self.form.names, xs).items()}
+        found = run_file(self.sess, self.form.names, self.form.tensors(args, kw))
+        res = {k: torch.from_numpy(v).to(self.empty.device) for k,v in found.items()}
         return next(iter(res.values())) if self.single else AttrDict(res)
 
 class FileTarget(TorchTarget):
