@@ -142,7 +142,7 @@ def lite(cache):
 
 def _vgg(cache):
     from quality import _train_digits, _vgg as build
-    build,train,data,test = _train_digits(build, 32, 5, 1e-3)
+    build,train,data,test = _train_digits(build, 32, 3, 3e-4)
     path = Path(cache)/'vgg16_bn_digits.pth'
     if path.exists():
         model = build()
