@@ -38,6 +38,7 @@ from fasterai.quantize.layers import QuantLinear, unpack
 from fasterai.quantize.plan import QuantizationPlan
 from fasterai.quantize.policies import ByteBudget
 from fasterai.quantize.quantizer import Quantizer
+from fasterai.quantize.training import QuantizeTraining
 # methods of the Learner
 import fasterai.export.learner as _export, fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank
 import fasterai.prune.learner as _prune, fasterai.quantize.learner as _quantize

@@ -234,6 +234,13 @@ def test_dtypes(dtype):
     q = Quantizer(4).quantize(mlp(), rows()).to(dtype)
     assert q(x).dtype == dtype and q[0].weight.dtype == dtype
 
+def test_unpacked_layers_are_plain_and_can_be_quantized_again():
+    q = Quantizer({'0': 4, '*': Half()}).quantize(mlp(), rows())
+    q(rows())
+    u = unpack(q)
+    assert [{*vars(o)} - {*vars(nn.Linear(1, 1))} for o in u if isinstance(o, nn.Linear)] == [set()]*3
+    assert [type(o) for o in Quantizer(2).quantize(u) if not isinstance(o, nn.ReLU)] == [QuantLinear]*3
+
 def test_autocast():
     q,x = Quantizer(4).quantize(mlp(), rows()),rows()
     with torch.autocast('cpu', torch.bfloat16): a,b = q(x),unpack(q)(x)

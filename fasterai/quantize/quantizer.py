@@ -102,6 +102,7 @@ class _Seen(NamedTuple):
     prices: dict            # of those that change
     params: int
     bytes: int
+    made: dict              # layer and format -> row and codes, so that several plans share them
     @property
     def todo(self): return [s for s in self.sites if s.name not in self.why]
 
@@ -113,7 +114,7 @@ def _look(self:Quantizer, model, data, n_batches, sensitivity, loss):
     todo = [s for s in sites if s.name not in why]
     for s in todo: _check_finite(s)
     stats = self._statistics(model, data, todo, n_batches, sensitivity, loss)
-    return _Seen(sites, why, stats, self._prices(todo, stats), count_params(model), model_bytes(model))
+    return _Seen(sites, why, stats, self._prices(todo, stats), count_params(model), model_bytes(model), {})
 
 @patch
 @torch.no_grad()
@@ -122,7 +123,10 @@ def _choose(self:Quantizer, seen):
     formats,choice = self.policy.choose(seen.prices)
     formats = {s.name: Int(8) for s in seen.todo} | formats     # embeddings, which no budget is asked about
     rows,codes = {s.name: _row(s, seen.why.get(s.name)) for s in seen.sites},{}
-    for s in seen.todo: rows[s.name],codes[s.name] = self._decide(s, rows[s.name], formats[s.name], seen.stats)
+    for s in seen.todo:
+        key = s.name,formats[s.name]
+        if key not in seen.made: seen.made[key] = self._decide(s, rows[s.name], formats[s.name], seen.stats)
+        rows[s.name],codes[s.name] = seen.made[key]
     total = sum(o.loss or 0 for o in rows.values())
     notes = [f'{choice}' if choice else '', f'output error about {total**.5:.2g}' if total else '', _calibrated(seen.stats)]
     return QuantizationPlan(tuple(rows.values()), repr(self), seen.params, '; '.join(filter(None, notes)), seen.bytes,
