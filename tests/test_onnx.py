@@ -223,6 +223,15 @@ def test_a_quantized_model_stays_packed(tmp_path):
     assert 'MatMulNBits' not in plain.nodes and plain.error < 1e-5
     assert any('times as large as the model' in n for n in plain.notes)
 
+def test_eight_bit_inputs_after_the_model_ran(tmp_path):
+    from fasterai.quantize.formats import Int
+    from fasterai.quantize.quantizer import Quantizer
+    x = torch.randn(3, 64)
+    model = Quantizer(Int(8, activations='dynamic')).quantize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), x)
+    with torch.no_grad(): model(x)
+    r = export_onnx(model, tmp_path/'a.onnx', x, rtol=.05, latency=False)
+    assert r.nodes['MatMulNBits'] == 2 and r.error < .05
+
 @pytest.mark.slow
 def test_a_readable_pair_becomes_dense_and_the_report_says_so(tmp_path):
     from fasterai.misc.fc_decomposer import FC_Decomposer

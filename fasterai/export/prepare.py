@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_copy', 'folded', 'state_bytes', 'grown']
 
-# %% ../../nbs/export/prepare.ipynb #3368b15c
+# %% ../../nbs/export/prepare.ipynb #06cb3e04
 import torch
 from fastai.layers import ToTensorBase
 from torch import nn
@@ -16,8 +16,9 @@ from .inputs import as_batch
 from .packed import packed_layers
 from .text import OnePass, is_text_classifier
 from ..misc.bn_folder import BN_Folder
+from ..quantize.layers import QuantLayer
 
-# %% ../../nbs/export/prepare.ipynb #e010d39c
+# %% ../../nbs/export/prepare.ipynb #edc5a83d
 def _one_pass(model):
     "The copy, with each text classifier in it in its other form"
     if is_text_classifier(model): return OnePass(model)
@@ -29,6 +30,8 @@ def plain_copy(
     exporter: str,
 ) -> nn.Module:
     "What an exporter reads"
+    for m in model.modules():
+        if isinstance(m, QuantLayer): m._drop()     # what it keeps to be fast cannot be copied, and is made again
     new = {m: nn.Identity() for m in model.modules() if isinstance(m, ToTensorBase)} | packed_layers(model, exporter)
     res = new[model] if model in new else _one_pass(copy_with(model, new))
     res = res.eval().cpu().requires_grad_(False)
