@@ -19,9 +19,9 @@ def all_cores():
     torch.set_num_threads(before)
 
 SLOW = {     # train for minutes, or need much memory
-    'tutorials/misc/choosing_ranks.ipynb', 'tutorials/misc/fc_decomposer.ipynb',
-    'tutorials/misc/transformers.ipynb', 'tutorials/prune/pruner.ipynb',
-    'tutorials/quantize/quantizer.ipynb'}
+    'tutorials/export/onnx_export.ipynb', 'tutorials/misc/choosing_ranks.ipynb',
+    'tutorials/misc/fc_decomposer.ipynb', 'tutorials/misc/transformers.ipynb',
+    'tutorials/prune/pruner.ipynb', 'tutorials/quantize/quantizer.ipynb'}
 
 def notebooks():
     for p in sorted(nbglob(root/'nbs', as_path=True)):

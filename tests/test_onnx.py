@@ -223,13 +223,22 @@ def test_a_quantized_model_stays_packed(tmp_path):
     assert 'MatMulNBits' not in plain.nodes and plain.error < 1e-5
     assert any('times as large as the model' in n for n in plain.notes)
 
+def test_eight_bit_inputs_after_the_model_ran(tmp_path):
+    from fasterai.quantize.formats import Int
+    from fasterai.quantize.quantizer import Quantizer
+    x = torch.randn(3, 64)
+    model = Quantizer(Int(8, activations='dynamic')).quantize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), x)
+    with torch.no_grad(): model(x)
+    r = export_onnx(model, tmp_path/'a.onnx', x, rtol=.05, latency=False)
+    assert r.nodes['MatMulNBits'] == 2 and r.error < .05
+
 @pytest.mark.slow
 def test_a_readable_pair_becomes_dense_and_the_report_says_so(tmp_path):
     from fasterai.misc.fc_decomposer import FC_Decomposer
     layer = nn.TransformerEncoderLayer(256, 4, 512, batch_first=True)
     model = FC_Decomposer(rank_ratio=.1).decompose(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
     r = export_onnx(model, tmp_path/'a.onnx', torch.randn(3, 9, 256), latency=False)
-    assert r and (r.nbytes < 1.2*r.source_bytes or any('the product of a pair was stored' in n for n in r.notes))
+    assert r and any('the product of a pair was stored' in n for n in r.notes)
 
 # Learners
 
@@ -403,15 +412,18 @@ def test_the_command(tmp_path, capsys):
 
 # Networks of other libraries
 
-@pytest.mark.slow
+class Positions(nn.Module):
+    "Runs at any length; what NumPy computes becomes a constant of the file"
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(30, 8)
+    def forward(self, ids): return self.emb(ids) + torch.from_numpy(np.arange(ids.shape[1])).float()[:,None]
+
 def test_a_length_that_does_not_hold_is_refused(tmp_path):
-    class Tagger(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.emb,self.rnn = nn.Embedding(30, 8),nn.LSTM(8, 8, batch_first=True)
-        def forward(self, ids): return self.rnn(self.emb(ids))[0]
-    with pytest.raises(ValueError, match='no file was written'): export_onnx(Tagger(), tmp_path/'a.onnx', torch.randint(30, (4, 7)), exporter='dynamo')
-    assert export_onnx(Tagger(), tmp_path/'a.onnx', torch.randint(30, (4, 7)), latency=False).exporter == 'torchscript'
+    ids = torch.randint(30, (4, 7))
+    with pytest.raises(ValueError, match='no file was written.*another length'): export_onnx(Positions(), tmp_path/'a.onnx', ids, **SCRIPT)
+    assert [*tmp_path.iterdir()] == []
+    assert export_onnx(Positions(), tmp_path/'a.onnx', ids, dynamic=dict(ids=[0]), **SCRIPT)
 
 @pytest.mark.slow
 def test_resnet_through_static_int8(tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_copy', 'folded', 'state_bytes', 'grown']
 
-# %% ../../nbs/export/prepare.ipynb #3368b15c
+# %% ../../nbs/export/prepare.ipynb #06cb3e04
 import torch
 from fastai.layers import ToTensorBase
 from torch import nn
@@ -16,8 +16,9 @@ from .inputs import as_batch
 from .packed import packed_layers
 from .text import OnePass, is_text_classifier
 from ..misc.bn_folder import BN_Folder
+from ..quantize.layers import QuantLayer
 
-# %% ../../nbs/export/prepare.ipynb #e010d39c
+# %% ../../nbs/export/prepare.ipynb #edc5a83d
 def _one_pass(model):
     "The copy, with each text classifier in it in its other form"
     if is_text_classifier(model): return OnePass(model)
@@ -29,6 +30,8 @@ def plain_copy(
     exporter: str,
 ) -> nn.Module:
     "What an exporter reads"
+    for m in model.modules():
+        if isinstance(m, QuantLayer): m._drop()     # what it keeps to be fast cannot be copied, and is made again
     new = {m: nn.Identity() for m in model.modules() if isinstance(m, ToTensorBase)} | packed_layers(model, exporter)
     res = new[model] if model in new else _one_pass(copy_with(model, new))
     res = res.eval().cpu().requires_grad_(False)
@@ -48,7 +51,7 @@ def folded(
     except _FAILS as e: return model, f'no batch norm was folded ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""})'
     return model, f'{len(plan.replaced)} of {len(plan)} batch norms folded'
 
-# %% ../../nbs/export/prepare.ipynb #6441fdd3
+# %% ../../nbs/export/prepare.ipynb #a9a86834
 def state_bytes(model) -> int:
     "Bytes of parameters and buffers, shared ones once"
     ts = {t.data_ptr() or id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -59,8 +62,9 @@ def grown(
     nbytes: int,        # of the file
 ) -> str|None:
     "A sentence where the file is much larger than the model"
-    have = state_bytes(model)
-    if nbytes < 1.2*have + 2**16: return None
-    readable = any(isinstance(m, LowRankLinear) for m in model.modules())
-    why = '. Its weight is read by another layer, so the product of a pair was stored: as large as the dense layer' if readable else ''
-    return f'the file is {nbytes/have:.1f} times as large as the model{why}'
+    have,pairs = state_bytes(model),[m for m in model.modules() if isinstance(m, LowRankLinear)]
+    more = [4*m[0].in_features*m[1].out_features - state_bytes(m) for m in pairs]     # bytes, if the product is stored
+    if more and nbytes > have + max(2**16, min(more)*.5):
+        return (f'the file is {nbytes/have:.2f} times as large as the model: where another layer reads the weight of a pair, '
+            'the product of a pair was stored, as large as the dense layer')
+    return f'the file is {nbytes/have:.1f} times as large as the model' if nbytes > 1.2*have + 2**16 else None

@@ -52,7 +52,7 @@ def compared(
     shares = [s for k in want if (s := _agreement(want[k], got[k])) is not None]
     return Trial(what, shapes, errors[worst], worst, shares[0] if shares else None, all(near))
 
-# %% ../../nbs/export/verify.ipynb #08e03a1b
+# %% ../../nbs/export/verify.ipynb #796fef0b
 def ort_errors() -> tuple[type,...]:
     "What ONNX Runtime raises"
     from onnxruntime.capi import onnxruntime_pybind11_state as o
@@ -64,7 +64,7 @@ def session(path, threads: int|None = None):
     needs('onnxruntime')
     import onnxruntime as ort
     so = ort.SessionOptions()
-    so.intra_op_num_threads,so.log_severity_level = threads or torch.get_num_threads(),3
+    so.intra_op_num_threads,so.log_severity_level = threads or torch.get_num_threads(),4     # errors are raised
     return ort.InferenceSession(str(path), so, providers=['CPUExecutionProvider'])
 
 _NUMPY = {'tensor(float)': np.float32, 'tensor(double)': np.float64, 'tensor(float16)': np.float16}
