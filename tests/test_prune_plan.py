@@ -16,6 +16,8 @@ from fasterai.prune.plan import GroupPlan, PruningPlan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.example import small_example
 from fasterai.prune.scores import curve, score_units, taylor_values
+from fasterai.core.latency import LatencyTable
+from fasterai.prune.timing import Times
 from fasterai.prune.widths import Unreachable, allowed, fit_widths
 
 Cut = partial(Pruner, score='magnitude', compensate=False)   # without looking at data
@@ -325,3 +327,66 @@ def test_torchvision(name):
         small = plan.apply(m)
         assert count_params(small) == plan.params_after and count_macs(small, x) == plan.macs_after <= budget*count_macs(m, x)
         assert small(x).shape == (2, 10)
+
+# Time by a table
+
+def timed_chain(n, m):
+    "A chain whose layers take time in steps of four widths"
+    def steps(k): return tuple(range(0, k, 4)) + (k,)
+    def table(outs, ins): return outs, ins, tuple(tuple(.5*i + o*i/9 for i in ins) for o in outs)
+    return Times(chain(n, m), .7, {'1': table(steps(n), (5,)), '2': table(steps(m), steps(n)), '3': table((3,), steps(m))})
+
+@pytest.mark.parametrize('budget', [.9, .6, .35])
+@pytest.mark.parametrize('kind', ['convex', 'steps', 'concave'])
+def test_a_budget_of_time_is_near_the_best_choice(budget, kind):
+    rng,times = np.random.default_rng(1),timed_chain(9, 7)
+    def errs(n):
+        e = dict(convex=np.sort(rng.exponential(size=n)), steps=rng.integers(0, 3, n)*1., concave=np.sort(rng.exponential(size=n))[::-1])
+        return np.r_[0, e[kind].cumsum()]
+    errors = dict(a=errs(9), b=errs(7))
+    def total(kept): return sum(errors[g][len(errors[g])-1-k] for g,k in kept.items())
+    def ms(a, b): return .7 + (.5*5 + 5*a/9) + (.5*a + a*b/9) + (.5*b + 3*b/9)     # bilinear, so that the table is exact
+    kept = fit_widths(times, errors, budget, cost='time')
+    assert times.at(kept)[0] == pytest.approx(ms(**kept))
+    every = [dict(a=i, b=j) for i,j in product(range(1, 10), range(1, 8)) if ms(i, j) <= budget*ms(9, 7) + 1e-9]
+    assert kept in every and total(kept) <= 2*min(map(total, every)) + 1e-9
+    for g,n in (('a', 9), ('b', 7)): assert kept[g] == n or ms(**(kept | {g: kept[g]+1})) > budget*ms(9, 7)
+
+def test_narrower_layers_never_count_as_slower(monkeypatch):
+    "However noisy the clock is"
+    import fasterai.core.latency as clock, fasterai.prune.timing as timing
+    rng = np.random.default_rng(0)
+    def noisy(calls, seconds): return rng.uniform(.1, 1., len(calls)).tolist()
+    monkeypatch.setattr(clock, '_latencies', noisy)
+    monkeypatch.setattr(timing, '_latencies', noisy)
+    m,x = net(),image()
+    times = timing.measure_times(m, x, measure_costs(m, x, find_groups(m, x)), LatencyTable(4))
+    for g,n in zip(times.groups, times.costs.units):
+        ms = [times.at({g: k})[0] for k in range(1, n+1)]
+        assert ms == sorted(ms)
+
+def test_pruner_with_a_table(monkeypatch, tmp_path):
+    "The clock shows the size of a weight"
+    import fasterai.core.latency as clock, fasterai.prune.timing as timing
+    asked = []
+    def size(layer): return float(layer.weight.numel())
+    def fake(calls, seconds):
+        asked.extend(calls)
+        return [size(c.func) for c in calls]
+    def layers(model): return [o for o in model.modules() if isinstance(o, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))]
+    def whole(model): return 500. + sum(map(size, layers(model)))
+    monkeypatch.setattr(clock, '_latencies', fake)
+    monkeypatch.setattr(timing, '_latencies', lambda calls, seconds: [whole(c.args[0]) for c in calls])
+    m,x = net(),image()
+    table = LatencyTable(batch_size=32)
+    plan = Cut(.6, cost=table).plan(m, x)
+    small = plan.apply(m)
+    assert whole(small) <= .6*whole(m) and plan.times.at({n: len(k) for n,k in plan.kept.items()})[0] == pytest.approx(whole(small))
+    assert all(len(c.args[0]) == 32 for c in asked) and 'cost=LatencyTable(32),' in plan.policy and plan.note.endswith('ms by the table')
+    n = len(asked)
+    assert Cut(.8, cost=table).plan(m, x).replan(.6).kept == plan.kept and len(asked) == n     # measured once
+    plan.save(tmp_path/'p.json')
+    assert PruningPlan.load(tmp_path/'p.json').replan(.8).kept == plan.replan(.8).kept
+    with pytest.raises(ValueError, match='the plan has no times: make it with Pruner'): plan_of(m, x).replan(.5, cost='time')
+    with pytest.raises(Unreachable, match='leave 0.* of the time'): Cut(.01, cost=table).plan(m, x)
+    with pytest.raises(ValueError, match="cost must be 'macs', 'params', 'latency' or a LatencyTable, got 'time'"): Cut(.5, cost='time')

@@ -76,8 +76,8 @@ def prune_find(self:Learner,
         raise RuntimeError('learn.prune_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
                            'call it afterwards.')
     check_search(max_drop, ratios, refine)
-    if kwargs.get('cost') == 'latency': raise ValueError("cost='latency' is measured anew for each budget: search by 'macs' or 'params', "
-                                                         "or call learn.prune(budget, cost='latency').")
+    if kwargs.get('cost') == 'latency': raise ValueError("cost='latency' is measured anew for each budget: search by 'macs', 'params' "
+                                                         "or a LatencyTable, or call learn.prune(budget, cost='latency').")
     i,name = _metric_index(self, metric)
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]

@@ -13,7 +13,6 @@ from copy import copy
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Literal
-import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import SchedCos
@@ -87,6 +86,7 @@ class PruneCallback(Callback):
         min_keep: int = 1,                      # units of a group that stay at least
         fname: str|None = None,                 # write the plan after each epoch, to `{fname}_{epoch}.json` beside the checkpoints?
     ):
+        if cost not in ('macs','params'): raise ValueError(f"cost must be 'macs' or 'params' while a model trains, got {_short(cost)}.")
         self.pruner = Pruner(budget, cost=cost, score=score, compensate=False, heads=heads, layers=layers, exclude=exclude,
                              round_to=round_to, min_keep=min_keep)
         self.schedule = SchedCos(1., budget) if schedule is None else schedule
