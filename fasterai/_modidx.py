@@ -1728,6 +1728,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'fasterai/prune/training.py'),
                                          'fasterai.prune.training.PruneStep': ( 'prune/training.html#prunestep',
                                                                                 'fasterai/prune/training.py'),
+                                         'fasterai.prune.training._agreed_on': ( 'prune/training.html#_agreed_on',
+                                                                                 'fasterai/prune/training.py'),
                                          'fasterai.prune.training._check_learner': ( 'prune/training.html#_check_learner',
                                                                                      'fasterai/prune/training.py'),
                                          'fasterai.prune.training._check_times': ( 'prune/training.html#_check_times',
