@@ -328,6 +328,76 @@ def test_torchvision(name):
         assert count_params(small) == plan.params_after and count_macs(small, x) == plan.macs_after <= budget*count_macs(m, x)
         assert small(x).shape == (2, 10)
 
+# Widths in multiples, data, other methods
+
+@pytest.mark.parametrize('width', [12, 20, 100])
+def test_widths_are_multiples_of_eight_or_say_why(width):
+    m,x = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)),rows()
+    for budget in (.9, .6, .3):
+        try: o = Cut(budget, cost='params', round_to=8).plan(m, x)['0']
+        except Unreachable as e:
+            assert 'round_to=8' in str(e) and count_params(mlp(8, 8, 3)) > budget*count_params(m)
+            continue
+        n = len(o.kept)
+        assert n % 8 == 0 and count_params(mlp(8, n, 3)) <= budget*count_params(m) < count_params(mlp(8, n+8, 3))
+    plan = Cut(.99, cost='params', round_to=32).plan(mlp(8, 12, 40, 3), rows())
+    assert plan['0'].reason == 'no smaller multiple of 32' and len(plan.kept['2']) == 32
+
+def test_obs_without_data_is_refused_and_magnitude_warns():
+    m,x = net(),image()
+    with pytest.raises(ValueError, match="score='obs' looks at activations: pass data=, or score='magnitude'"): Pruner(.5).plan(m, example=x)
+    with pytest.warns(UserWarning, match='the layers that read the pruned units are not solved again'): Pruner(.5, score='magnitude').plan(m, example=x)
+
+def test_before_and_after_low_rank():
+    from fasterai.misc.fc_decomposer import FC_Decomposer
+    torch.manual_seed(0)
+    m,x = mlp(16, 64, 48, 4),torch.randn(200, 16)
+    pairs = FC_Decomposer(rank_ratio=.25).decompose(m)
+    after,before = Pruner(.6).prune(pairs, x),FC_Decomposer(rank_ratio=.25).decompose(Pruner(.6).prune(m, x))
+    assert count_macs(after, x) <= .6*count_macs(pairs, x) and count_macs(before, x) < count_macs(pairs, x)
+    assert after(x).shape == before(x).shape == (200, 4)
+    assert [type(o) for o in after.modules() if not [*o.children()]] == [type(o) for o in pairs.modules() if not [*o.children()]]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cost', ['macs', 'params'])
+@pytest.mark.parametrize('name', ['hf-bert', 'tv-convnext'])
+def test_transformers_and_convnext_meet_budgets_from_below(name, cost):
+    from zoo import ZOO
+    model,x = ZOO[name].make()
+    x = x if isinstance(x, dict) else x[0]
+    whole,which = Cut(1., cost=cost).plan(model, x),('params','macs').index(cost)
+    for budget in (.9, .7, .5, .3):
+        try: plan = whole.replan(budget)
+        except Unreachable: continue
+        small = plan.apply(model)
+        full,left = (count_params(model), count_params(small)) if cost == 'params' else (count_macs(model, x), count_macs(small, x))
+        assert left <= budget*full
+        counts = {n: len(k) for n,k in plan.kept.items()}
+        for o in plan.replaced: assert plan.costs.at(counts | {o.name: counts[o.name]+1})[which] > budget*plan.costs.at({})[which]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['resnet18', 'hf-bert'])
+def test_pruned_models_are_exported_and_compiled(name, tmp_path):
+    from zoo import ZOO
+    if name == 'resnet18':
+        from torchvision.models import resnet18
+        model,x = resnet18(num_classes=10).eval(),torch.randn(2, 3, 64, 64)
+    else: model,x = ZOO[name].make()
+    small = Cut(.5, cost='params').prune(model.eval(), x)
+    args,kw = ((x,), {}) if torch.is_tensor(x) else ((), dict(x))
+    def first(o): return o if torch.is_tensor(o) else o[0]
+    with torch.no_grad():
+        want = first(small(*args, **kw))
+        got = first(torch.export.export(small, args, kw).module()(*args, **kw))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(first(torch.compile(small, backend='aot_eager')(*args, **kw)), want, rtol=1e-4, atol=1e-4)
+        ort = pytest.importorskip('onnxruntime')
+        pytest.importorskip('onnxscript')
+        torch.onnx.export(small, args, tmp_path/'m.onnx', kwargs=kw, dynamo=True, verbose=False)
+    sess = ort.InferenceSession(tmp_path/'m.onnx', providers=['CPUExecutionProvider'])
+    feed = dict(zip([o.name for o in sess.get_inputs()], [t.numpy() for t in (*args, *kw.values())]))
+    torch.testing.assert_close(torch.from_numpy(sess.run(None, feed)[0]), want, rtol=1e-4, atol=1e-4)
+
 # Time by a table
 
 def timed_chain(n, m):
