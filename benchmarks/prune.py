@@ -204,7 +204,8 @@ def _minilm(cache, n=512):
                 refit=(.5, .3))
 
 CASES = {'ResNet18': _on_digits('ResNet18', _resnet, 64), 'XResNet18': _on_digits('XResNet18', _xresnet, 64),
-         'VGG16-bn': _on_digits('VGG16-bn', _vgg, 32), 'ViT': _on_digits('ViT', _vit, 32, epochs=16), 'EfficientNet-Lite0': _lite, 'MiniLM': _minilm}
+         'VGG16-bn': _on_digits('VGG16-bn', _vgg, 32), 'ViT': _on_digits('ViT', _vit, 32, epochs=16),
+         'EfficientNet-Lite0': _lite, 'MiniLM': _minilm}
 QUICK = {'four convolutions': _on_digits('four convolutions', _small, 16, 6)}
 
 # Widths
@@ -247,7 +248,8 @@ def _torch_pruning(case, share, everywhere):
         memo = {}
         m = deepcopy(case.model, memo).requires_grad_()
         kw = dict(ignored_layers=[m.get_submodule(head)], num_heads={memo[id(k)]: n for k,n in heads.items()})
-        tp.pruner.BasePruner(m, (x,), tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=mid, global_pruning=everywhere, **kw).step()
+        score = tp.importance.GroupMagnitudeImportance(p=2)
+        tp.pruner.BasePruner(m, (x,), score, pruning_ratio=mid, global_pruning=everywhere, **kw).step()
         for o in m.modules():
             if hasattr(o, 'qkv'): o.head_dim = o.qkv.out_features//(3*o.num_heads)     # as its examples do
         at = mid, (count_macs(m, x)/full)**.5
@@ -262,8 +264,8 @@ def _low_rank(case, share):
 # Fine-tuning
 
 def _tuned(case, model):
-    """After one epoch towards the outputs of the dense network, batch norms in evaluation mode. As `SelfDistillation` does, it ends with the
-    better one of the first and the last state, by the loss on four batches that are not trained on"""
+    """After one epoch towards the outputs of the dense network, batch norms in evaluation mode. As `SelfDistillation` does, it ends with
+    the better one of the first and the last state, by the loss on four batches that are not trained on"""
     first,model,soft = model,deepcopy(model).requires_grad_().eval(),SoftTargets(logits=1.)
     order = torch.randperm(len(case.train), generator=torch.Generator().manual_seed(SEED)).tolist()
     valid,order = order[:4],order[4:]

@@ -7,11 +7,10 @@ __all__ = ['GroupPlan', 'row_of', 'PruningPlan']
 
 # %% ../../nbs/prune/plan.ipynb #e77e54c4
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
-import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.modules import count_params
