@@ -39,6 +39,8 @@ from fasterai.quantize.plan import QuantizationPlan
 from fasterai.quantize.policies import ByteBudget
 from fasterai.quantize.quantizer import Quantizer
 from fasterai.quantize.training import QuantizeTraining
+from fasterai.workflow.chain import compress
+from fasterai.workflow.report import CompressionReport
 # methods of the Learner
 import fasterai.export.learner as _export, fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank
-import fasterai.prune.learner as _prune, fasterai.quantize.learner as _quantize
+import fasterai.prune.learner as _prune, fasterai.quantize.learner as _quantize, fasterai.workflow.learner as _workflow

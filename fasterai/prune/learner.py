@@ -70,9 +70,6 @@ def prune_find(self:Learner,
     if _running(self, 'fit') or self.lock.locked():
         raise RuntimeError('learn.prune_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
                            'call it afterwards.')
-    check_search(max_drop, ratios, refine)
-    if kwargs.get('cost') == 'latency': raise ValueError("cost='latency' is measured anew for each budget: search by 'macs', 'params' "
-                                                         "or a LatencyTable, or call learn.prune(budget, cost='latency').")
     i,name = _metric_index(self, metric)
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]

@@ -37,8 +37,8 @@ def prune_find(
 ) -> PruneSuggestion:
     "The smallest budget at which `evaluate` loses no more than `max_drop`, and the curve"
     check_search(max_drop, ratios, refine)
-    if kwargs.get('cost') == 'latency': raise ValueError("cost='latency' is measured anew for each budget: search by 'macs' or 'params', "
-                                                  "or call Pruner(budget, cost='latency').")
+    if kwargs.get('cost') == 'latency': raise ValueError("cost='latency' is measured anew for each budget: search by 'macs', 'params' "
+                                                  "or a LatencyTable, or call Pruner(budget, cost='latency').")
     plan = Pruner(max(ratios), **kwargs).plan(model, data, n_batches=n_batches, loss=loss)
     def planned(ratio):
         try: return plan.replan(ratio)

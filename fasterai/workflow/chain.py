@@ -23,7 +23,7 @@ from ..export.exporters import check_target, staged
 from ..export.inputs import batches_of
 from ..export.int8 import quantize_onnx
 from .report import COLUMNS, CompressionReport
-from .steps import LOSSLESS, STEPS, Goal, check_steps
+from .steps import LOSSLESS, STEPS, Goal, chosen_steps
 from .target import Candidate, FileTarget, TorchTarget
 
 # %% ../../nbs/workflow/chain.ipynb #20465b1c
@@ -184,7 +184,7 @@ def compress(
 ) -> CompressionReport:                     # `.model` is the result
     "Try the steps in order; each is searched with its share of the drop, measured, and kept only if it helps"
     check_search(max_drop, (1.,), 0)
-    names = check_steps(steps)
+    names = chosen_steps(steps)
     _check(goal, target, path, batch_size, overwrite)
     with tempfile.TemporaryDirectory() as folder:
         t = TorchTarget(model, data) if target == 'torch' else FileTarget(model, data, Path(folder))
