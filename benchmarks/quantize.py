@@ -114,8 +114,7 @@ def whole(cache):
     stats = collect_inputs(case.model, case.data, layers='encoder')
     rows.append(('float32', f'{_megabytes(case.model):.1f}', '', '1.0000'))
     for bits in (8, 4):
-        table = 8 if bits == 8 else Int(4, group=32)
-        q = Quantizer({'*word_embeddings': table, 'encoder.*': Int(4, group=32)}, embeddings=True)
+        q = Quantizer({'*word_embeddings': bits, 'encoder.*': Int(4, group=32)}, embeddings=True)
         plan = q.plan(case.model, stats)
         small = plan.apply(case.model)
         rows.append((f'encoder 4 bits, table {bits} bits', f'{_megabytes(small):.1f}', f'{plan.bytes_after/1e6:.1f}', f'{_cosine(case, small):.4f}'))
