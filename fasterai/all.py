@@ -33,6 +33,7 @@ from fasterai.prune.groups import find_groups
 from fasterai.prune.plan import PruningPlan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.training import PruneCallback
+from fasterai.quantize.checkpoint import load_quantized, quantize_checkpoint
 from fasterai.quantize.formats import Half, Int
 from fasterai.quantize.layers import QuantLinear, unpack
 from fasterai.quantize.plan import QuantizationPlan
