@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from .exporters import listening
 
-# %% ../../nbs/export/static.ipynb #21d3fd88
+# %% ../../nbs/export/static.ipynb #8a25890c
 OPS = 'Conv', 'ConvTranspose', 'MatMul', 'Gemm'     # what is quantized: operators with weights
+_BEHIND = 'Relu', 'Clip'        # the range of a product is that behind them
 
 def weighted(
     proto,          # ModelProto
@@ -38,16 +39,17 @@ class Static:
         from onnxruntime.quantization.shape_inference import quant_pre_process
         self.pre,self.cache,self.feeds = folder/'prepared.onnx',folder/'ranges.json',feeds
         with listening(): quant_pre_process(str(path), str(self.pre), skip_symbolic_shape=True)
-        self.nodes = weighted(onnx.load(str(self.pre)))
+        proto = onnx.load(str(self.pre))
+        self.nodes = weighted(proto)
+        self.rest = [n.name for n in proto.graph.node if n.op_type in OPS and n.name not in self.nodes]
 
     def write(self, out, keep=()):
         "The file `out`, in which the nodes `keep` stay float"
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-        nodes = [n for n in self.nodes if n not in set(keep)]
         with listening():
             quantize_static(str(self.pre), str(out), _Reader(self.feeds), quant_format=QuantFormat.QDQ, per_channel=True,
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=list(OPS), nodes_to_quantize=nodes,
-                calibration_cache_path=str(self.cache))
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=[*OPS, *_BEHIND],
+                nodes_to_exclude=[*self.rest, *keep], calibration_cache_path=str(self.cache))
 
 # %% ../../nbs/export/static.ipynb #73a02671
 def kept_float(
