@@ -106,13 +106,13 @@ def _mostly_products(proto):
     n = {conv: sum(size[w] for k,w in weighted(proto).items() if kinds[k].startswith('Conv') is conv) for conv in (True, False)}
     return n[False] > n[True] and any(n.op_type in ('Softmax', 'LayerNormalization') for n in proto.graph.node)
 
-# %% ../../nbs/export/int8.ipynb #afe36677
+# %% ../../nbs/export/int8.ipynb #82714f01
 def _static(path, out, folder, exclude, feeds, dense, least):
     if feeds is None: raise ValueError('static quantization needs data=: convolutions have no dynamic form that is faster.')
     static,notes = Static(path, folder, feeds),[]
-    keep = [n for n in exclude if n in static.nodes]
+    keep = static.with_those_before([n for n in exclude if n in static.nodes])
     static.write(out, keep)
-    tried = feeds[-max(1, len(feeds)//4):]
+    tried = feeds[-max(1, len(feeds)//2):]
     if least is not None and _measure(dense, tried, out)[1] < least:
         keep = kept_float(static, out, keep, partial(_measure, dense, tried), least)
         some = ', '.join(keep[:6]) + ', …'*(len(keep) > 6)

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from .exporters import listening
 
-# %% ../../nbs/export/static.ipynb #21d3fd88
+# %% ../../nbs/export/static.ipynb #aa4fe270
 OPS = 'Conv', 'ConvTranspose', 'MatMul', 'Gemm'     # what is quantized: operators with weights
+_BEHIND = 'Relu', 'Clip'        # the range of a product is that behind them
 
 def weighted(
     proto,          # ModelProto
@@ -21,6 +22,17 @@ def weighted(
     "The nodes that have a constant weight"
     there = {t.name for t in proto.graph.initializer}
     return {n.name: n.input[1] for n in proto.graph.node if n.op_type in ops and len(n.input) > 1 and n.input[1] in there}
+
+def _in_front(proto, nodes):
+    "Node -> the one whose output, perhaps through an activation, is its input"
+    made = {o: n for n in proto.graph.node for o in n.output}
+    res = {}
+    for n in proto.graph.node:
+        if n.name not in nodes: continue
+        p = made.get(n.input[0])
+        if p is not None and p.op_type in _BEHIND: p = made.get(p.input[0])
+        if p is not None and p.name in nodes: res[n.name] = p.name
+    return res
 
 class _Reader:
     "Batches for the calibration of ONNX Runtime"
@@ -38,18 +50,32 @@ class Static:
         from onnxruntime.quantization.shape_inference import quant_pre_process
         self.pre,self.cache,self.feeds = folder/'prepared.onnx',folder/'ranges.json',feeds
         with listening(): quant_pre_process(str(path), str(self.pre), skip_symbolic_shape=True)
-        self.nodes = weighted(onnx.load(str(self.pre)))
+        proto = onnx.load(str(self.pre))
+        self.nodes = weighted(proto)
+        self.rest = [n.name for n in proto.graph.node if n.op_type in OPS and n.name not in self.nodes]
+        self.before = _in_front(proto, self.nodes)
+
+    def with_those_before(self, keep) -> list[str]:
+        "Nodes that stay float, and those directly in front of them"
+        res = set(keep)
+        for n in keep:
+            while (n := self.before.get(n)) is not None: res.add(n)
+        return [n for n in self.nodes if n in res]
+
+    def segments(self) -> list[list[str]]:
+        "Nodes one behind the other, with nothing but activations between them"
+        last = [n for n in self.nodes if n not in self.before.values()]
+        return [self.with_those_before([n]) for n in last]
 
     def write(self, out, keep=()):
         "The file `out`, in which the nodes `keep` stay float"
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-        nodes = [n for n in self.nodes if n not in set(keep)]
         with listening():
             quantize_static(str(self.pre), str(out), _Reader(self.feeds), quant_format=QuantFormat.QDQ, per_channel=True,
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=list(OPS), nodes_to_quantize=nodes,
-                calibration_cache_path=str(self.cache))
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=[*OPS, *_BEHIND],
+                nodes_to_exclude=[*self.rest, *self.with_those_before(keep)], calibration_cache_path=str(self.cache))
 
-# %% ../../nbs/export/static.ipynb #73a02671
+# %% ../../nbs/export/static.ipynb #f5a25452
 def kept_float(
     static: Static,
     out: Path,
@@ -58,13 +84,13 @@ def kept_float(
     least: float,                       # agreement to reach
 ) -> list[str]:                         # nodes that stay float; the file is written
     "The fewest sensitive nodes that must stay float"
-    free,errors = [n for n in static.nodes if n not in fixed],{}
-    for n in free:
-        static.write(out, [k for k in static.nodes if k != n])
-        errors[n] = measure(out)[0]
+    free,errors = [tuple(s) for s in static.segments() if not set(s) <= set(fixed)],{}
+    for s in free:
+        static.write(out, [n for n in static.nodes if n not in s])
+        errors[s] = measure(out)[0]
     worst,k = sorted(free, key=errors.get, reverse=True),1
     while True:
-        keep = [*fixed, *worst[:k]]
+        keep = static.with_those_before([*fixed, *(n for s in worst[:k] for n in s)])
         static.write(out, keep)
         if k >= len(worst) or measure(out)[1] >= least: return keep
-        k = min(2*k, len(worst))
+        k = min(k + max(1, k//2), len(worst))
