@@ -132,7 +132,7 @@ def weight_scores(
     seed: int = 0,                      # of 'random'
 ) -> torch.Tensor:                      # (B, m, n), not negative
     "How much each weight matters"
-    if score == 'random': return torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).to(W.device)
+    if score == 'random': return torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).to(W.device)*(W != 0)   # zeros first
     x = W.abs().to(torch.promote_types(W.dtype, torch.float32))
     if score in ('saliency', 'wanda'): x = x*second.sqrt()[:, None].to(x)
     if score == 'saliency' and out is not None: x = x*out.clamp(min=0).sqrt().view(*W.shape[:2], 1).to(x)

@@ -119,13 +119,26 @@ class SparsityPlan(Plan):
         return self.bytes + sum(o.after - o.before for o in self.replaced)
     @property
     def masks(self) -> dict[str,torch.Tensor]:
-        "Name -> what stays of the weight, bool"
+        "Name of each sparse layer -> what stays of its weight, bool"
         return {o.name: _mask(o) for o in self.replaced}
     @property
     def title(self) -> str:
         share = f' ({self.bytes_after/self.bytes:.1%})' if self.bytes else ''
         return (f'{self.policy or "plan"}: {len(self.replaced)} of {len(self)} {self.becomes}, {self.sparsity:.1%} zeros in them, '
                 f'file {_mb(self.bytes)} → {_mb(self.bytes_after)}{share}{f"; {self.note}" if self.note else ""}')
+
+@patch
+def masks_of(self:SparsityPlan, name: str) -> torch.Tensor:
+    "What stays of the weight of layer `name`, bool"
+    return _mask(self[name])
+
+@patch
+def with_masks(self:SparsityPlan,
+    masks: Mapping[str,torch.Tensor],   # name -> what stays
+) -> SparsityPlan:                      # a new plan, whose errors are those of before
+    "The same layers with other zeros"
+    rows = {n: replace(self[n], zeros=int((~m).sum()), mask=pack_mask(m)) for n,m in masks.items()}
+    return replace(self, layers=tuple(rows.get(o.name, o) for o in self.layers), solved={})
 
 def _mask(row):
     if not row.mask: raise ValueError(f'the plan holds no mask of {row.name!r}: it was read from a folder of weights, which holds the zeros.')

@@ -145,9 +145,15 @@ def plan(self:Sparsifier,
     stats = self._statistics(model, data, todo, n_batches, loss)
     if self.score in ('saliency', 'wanda'): why |= {s.name: _missing(stats, s.name) for s in todo if s.name not in stats}
     layers = {s.name: SparseLayer(s, self.pattern, stats.get(s.name), stats.sens.get(s.name)) for s in todo if s.name not in why}
-    solve_layers(layers, {n: self.pattern.zeros(o.shape, self._share(o.s.names)) for n,o in layers.items()}, score=self.score,
-                 update=self.update, scope=self.scope)
+    zeros = {n: self.pattern.zeros(o.shape, self._share(o.s.names)) for n,o in layers.items()}
+    solve_layers(layers, zeros, total=self._total(layers), score=self.score, update=self.update, scope=self.scope)
     return self._planned(model, sites, why, layers, stats)
+
+@patch
+def _total(self:Sparsifier, layers):
+    "Weights that go of all layers together, None where each has its own number"
+    if self.scope != 'global': return None
+    return int(self.sparsity*sum(math.prod(o.shape) for o in layers.values()) + 1e-9)
 
 def _missing(stats, name): return stats.missing.get(name, 'not among the layers that the statistics are of')
 
