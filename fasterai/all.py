@@ -34,6 +34,11 @@ from fasterai.quantize.layers import QuantLinear, unpack
 from fasterai.quantize.plan import QuantizationPlan
 from fasterai.quantize.policies import ByteBudget
 from fasterai.quantize.quantizer import Quantizer
+from fasterai.sparse.plan import SparsityPlan
+from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.sparse.storage import load_sparse, save_sparse
+from fasterai.sparse.training import SparsifyCallback
 # methods of the Learner
 import fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank
 import fasterai.prune.learner as _prune, fasterai.quantize.learner as _quantize
+import fasterai.sparse.learner as _sparse

@@ -18,7 +18,8 @@ def all_cores():
     yield
     torch.set_num_threads(before)
 
-SLOW = {'tutorials/misc/fc_decomposer.ipynb', 'tutorials/misc/transformers.ipynb', 'tutorials/prune/pruner.ipynb'}     # train for minutes, or need much memory
+SLOW = {'tutorials/misc/fc_decomposer.ipynb', 'tutorials/misc/transformers.ipynb', 'tutorials/prune/pruner.ipynb',
+        'tutorials/sparse/sparsifier.ipynb'}     # train for minutes, or need much memory
 
 def notebooks():
     for p in sorted(nbglob(root/'nbs', as_path=True)):

@@ -106,7 +106,7 @@ def sparsity_find(self:Learner,
     stats = sparse_moments(self.model, self.dls if data is None else data, sites, n_batches, loss=loss)
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]
-    def planned(ratio): return Sparsifier(1 - ratio, **kwargs).plan(self.model, stats)
+    def planned(ratio): return Sparsifier(round(1 - ratio, 9), **kwargs).plan(self.model, stats)
     res = find(self.model, planned, evaluate, float(evaluate(self.model)), max_drop=max_drop, metric=name, ratios=[1 - s for s in sparsities],
                refine=refine, higher_is_better=_direction(name, higher_is_better), verb='sparsity_find', kind=SparsitySuggestion,
                size=lambda p: p.zeros)

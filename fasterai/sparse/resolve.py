@@ -115,16 +115,19 @@ def weighed(self:SparseLayer, W):
 Update = Literal['cg', 'admm', 'none']
 _STAGES,_STEPS,_LAST = 8,10,40      # parts in which weights go; steps of conjugate gradients after each, and at the end
 
-def _stages(pattern, n):
-    "Share of the weights that go after each of `n` stages, most of it in the first ones; of N:M the number that stays"
-    if not pattern.of: return [1 - (1 - i/n)**2 for i in range(1, n+1)]
-    return [*range(pattern.of-1, pattern.keep-1, -1)] if n > 1 else [pattern.keep]
+def _stages(n):
+    "Share of the weights that go after each of `n` stages, most of it in the first ones"
+    return [1 - (1 - i/n)**2 for i in range(1, n+1)]
+
+def _begun(gone, x, target):
+    "Of what goes, the lowest `target`: the first steps of N:M"
+    return lowest([x.masked_fill(~gone, math.inf).float()], [1], target)[0]
 
 def _chosen(layers, zeros, total, score, scope):
     "What goes of each layer: name -> (B, m, n)"
     x = {n: o.scores(score, seed=i) for i,(n,o) in enumerate(layers.items())}
-    if scope != 'global' or any(o.pattern.of for o in layers.values()):
-        return {n: o.pattern.drop(x[n], zeros[n], scope) for n,o in layers.items()}
+    if any(o.pattern.of for o in layers.values()): return {n: _begun(o.pattern.drop(x[n], 0), x[n], zeros[n]) for n,o in layers.items()}
+    if scope != 'global': return {n: o.pattern.drop(x[n], zeros[n], scope) for n,o in layers.items()}
     sizes = [math.prod(o.pattern.block(o.shape)) for o in layers.values()]
     gone = lowest([o.pattern.scores(x.pop(n)) for n,o in layers.items()], sizes, total)
     return {n: o.pattern.spread(g, o.shape) for (n,o),g in zip(layers.items(), gone)}
@@ -140,12 +143,10 @@ def solve_layers(
     stages: int = _STAGES,
 ):
     "Choose what goes and solve the rest"
-    goals = _stages(next(iter(layers.values())).pattern, 1 if update == 'none' or score == 'random' else stages) if layers else ()
+    goals = _stages(1 if update == 'none' or score == 'random' else stages) if layers else ()
     total = sum(zeros.values()) if total is None else total
     for goal in goals:
-        last,now = goal == goals[-1],zeros if goal == goals[-1] else {n: int(goal*z) for n,z in zeros.items()}
-        for o in layers.values():
-            if o.pattern.of: o.pattern = replace(o.pattern, keep=goal)
+        last,now = goal == 1,zeros if goal == 1 else {n: int(goal*z) for n,z in zeros.items()}
         gone = _chosen(layers, now, total if last else int(goal*total), score, scope)
         for n,o in layers.items(): o.drop(gone.pop(n), 0 if update == 'none' else _LAST if last else _STEPS)
     if update == 'admm':

@@ -23,7 +23,7 @@ from ..core.modules import _double, _warn_user, count_params, match_name, select
 from ..core.surgery import _span
 from .find import as_weight, find_sparse
 from .masks import Pattern, Scope, SparseScore, mk_pattern
-from .plan import SparseRow, SparsityPlan, check_finite, pack_mask, solution
+from .plan import SparseRow, SparsityPlan, _check_finite, pack_mask, solution
 from .resolve import SparseLayer, Update, solve_layers, sparse_moments
 
 # %% ../../nbs/sparse/sparsifier.ipynb #72ab447e
@@ -140,7 +140,7 @@ def plan(self:Sparsifier,
     why = self._reasons(model, sites)
     todo = [s for s in sites if s.name not in why]
     for s in todo:
-        check_finite(s)
+        _check_finite(s)
         if s.module.weight.is_meta: raise ValueError(f'the weight of {s.name!r} is on the meta device and has no values: load them first.')
     stats = self._statistics(model, data, todo, n_batches, loss)
     if self.score in ('saliency', 'wanda'): why |= {s.name: _missing(stats, s.name) for s in todo if s.name not in stats}
