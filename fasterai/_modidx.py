@@ -2170,6 +2170,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/sparse/plan.py'),
                                       'fasterai.sparse.plan.SparseRow.decision': ( 'sparse/plan.html#sparserow.decision',
                                                                                    'fasterai/sparse/plan.py'),
+                                      'fasterai.sparse.plan.SparseRow.from_dict': ( 'sparse/plan.html#sparserow.from_dict',
+                                                                                    'fasterai/sparse/plan.py'),
                                       'fasterai.sparse.plan.SparseRow.misfit': ( 'sparse/plan.html#sparserow.misfit',
                                                                                  'fasterai/sparse/plan.py'),
                                       'fasterai.sparse.plan.SparseRow.promise': ( 'sparse/plan.html#sparserow.promise',

@@ -37,8 +37,9 @@ def unpack_mask(
 ) -> torch.Tensor:      # bool
     "The mask that `pack_mask` wrote"
     shape = tuple(shape)
-    bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8))
     n = int(np.prod(shape))
+    try: bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8))
+    except zlib.error as e: raise ValueError(f'a mask cannot be read: {e}') from None
     if len(bits) != -(-n//8)*8: raise ValueError(f'a mask holds {len(bits)} bits for {n} weights')
     return torch.from_numpy(bits[:n].astype(bool)).view(shape)
 
@@ -88,6 +89,12 @@ class SparseRow(Row):
         if not isinstance(w, torch.Tensor) or tuple(w.shape) != self.shape: return f'a {type(m).__name__} there'
         if w.is_meta: return None
         return None if (n := int((w == 0).sum())) >= self.zeros else f'one with {n:,}'
+    @classmethod
+    def from_dict(cls, d: dict) -> 'SparseRow':
+        res = super().from_dict(d)
+        if res.mask and (n := int((~unpack_mask(res.mask, res.shape)).sum())) != res.zeros:
+            raise ValueError(f'the mask of {res.name!r} has {n} zeros, not {res.zeros}')
+        return res
 
 # %% ../../nbs/sparse/plan.ipynb #870a0043
 @dataclass(frozen=True, repr=False)

@@ -47,7 +47,9 @@ def sparse_moments(
         _warn_user(f"the sensitivity cannot be measured ({e}): each layer counts by its relative error. score='wanda' avoids this warning.")
         return run(None)
 
-# %% ../../nbs/sparse/resolve.ipynb #9c388e37
+# %% ../../nbs/sparse/resolve.ipynb #52c1dfd2
+_STAGES,_STEPS,_LAST = 8,10,40      # parts in which weights go; steps of conjugate gradients after each, and at the end
+
 class SparseLayer:
     "A layer while it becomes sparse"
     def __init__(self,
@@ -91,7 +93,7 @@ def drop(self:SparseLayer,
     "Take weights away, and let the others make up for them"
     self.gone = self.back(gone)
     if not steps or self.o is None: self.W = self.W.masked_fill(self.gone, 0.); return
-    self.W = conjugate_gradients(self.W0, self.moments(), ~self.gone, start=self.W, steps=steps)
+    self.W = conjugate_gradients(self.W0, self.moments(), ~self.gone, start=self.W, steps=steps, tol=1e-3 if steps > _STEPS else .1)
 
 @patch
 def search(self:SparseLayer,
@@ -113,7 +115,6 @@ def weighed(self:SparseLayer, W):
 
 # %% ../../nbs/sparse/resolve.ipynb #d40e4fcd
 Update = Literal['cg', 'admm', 'none']
-_STAGES,_STEPS,_LAST = 8,10,40      # parts in which weights go; steps of conjugate gradients after each, and at the end
 
 def _stages(n):
     "Share of the weights that go after each of `n` stages, most of it in the first ones"
