@@ -22,7 +22,7 @@ class Masked(nn.Module):
     ):
         super().__init__()
         self.register_buffer('mask', mask)
-    def forward(self, weight: torch.Tensor) -> torch.Tensor: return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    def forward(self, weight: torch.Tensor) -> torch.Tensor: return torch.where(self.mask, weight, weight.new_zeros(()))
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor: return weight
 
 def zero_masks(
@@ -53,7 +53,8 @@ def bake(
     model: nn.Module,   # left unchanged
 ) -> nn.Module:         # a new model; other parametrizations stay
     "A copy of a held model with the zeros in its weights"
-    names = [n for n,m in model.named_modules() if is_parametrized(m, 'weight') and any(isinstance(o, Masked) for o in m.parametrizations['weight'])]
+    def held(m): return is_parametrized(m, 'weight') and any(isinstance(o, Masked) for o in m.parametrizations['weight'])
+    names = [n for n,m in model.named_modules() if held(m)]
     if not names: raise ValueError('there is nothing to bake: hold was not called on this model, or bake was already.')
     odd = next((n for n in names if len(dict(model.named_modules())[n].parametrizations['weight']) > 1), None)
     if odd is not None: raise ValueError(f'the weight of {odd!r} has further parametrizations: remove them first, the last one first.')

@@ -44,7 +44,8 @@ def _given(plan, others):
     if isinstance(plan, SparsitySuggestion):
         if plan.plan is None: raise ValueError('the search found no sparsity that keeps the metric: allow a larger max_drop.')
         plan = plan.plan
-    if not isinstance(plan, SparsityPlan): raise TypeError(f'plan must be a SparsityPlan, such as Sparsifier(.5).plan makes, got {_short(plan)}.')
+    if not isinstance(plan, SparsityPlan):
+        raise TypeError(f'plan must be a SparsityPlan, such as Sparsifier(.5).plan makes, got {_short(plan)}.')
     if others: raise ValueError(f'plan= is given, which has decided about each weight: leave out {", ".join(others)}.')
     return plan
 
@@ -68,7 +69,8 @@ def sparsify(self:Learner,
     with torch.autocast('cuda', enabled=False):     # a callback may be called inside of mixed precision
         if plan is None: plan = Sparsifier(sparsity, **kwargs).plan(self.model, data, n_batches=n_batches, loss=loss)
         if not plan.replaced:
-            _warn_user(f'no weight became zero, and nothing was changed: {plan.skipped[0].reason if plan.skipped else "the model has no layer"}.')
+            why = plan.skipped[0].reason if plan.skipped else 'the model has no layer'
+            _warn_user(f'no weight became zero, and nothing was changed: {why}.')
             return self
         fresh = all(o.name in plan.solved for o in plan.replaced if o.calibrated)
         small = plan.apply(self.model, data=None if fresh else data, n_batches=n_batches)
@@ -96,19 +98,20 @@ def sparsity_find(self:Learner,
 ) -> SparsitySuggestion:                    # `learn.sparsify(plan=…)` applies it
     "The most zeros that keep the metric on the whole validation set, and the curve; the Learner is left unchanged"
     if _running(self, 'fit') or self.lock.locked():
-        raise RuntimeError('learn.sparsity_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
-                           'call it afterwards.')
+        raise RuntimeError('learn.sparsity_find validates the model many times, which cannot be done while fit, validate or get_preds '
+                           'runs: call it afterwards.')
     if isinstance(sparsities, Sequence): [_check_share(s, 'sparsities') for s in sparsities]
     check_search(max_drop, [1 - s for s in sparsities] if isinstance(sparsities, Sequence) else sparsities, refine)
     s,(i,name) = Sparsifier(**kwargs),_metric_index(self, metric)
-    if s.pattern.of: raise ValueError(f'pattern={s.pattern.name!r} makes one share of zeros only, so that there is nothing to find: use learn.sparsify.')
+    if s.pattern.of:
+        raise ValueError(f'pattern={s.pattern.name!r} makes one share of zeros only: there is nothing to find, use learn.sparsify.')
     sites = [o for o in find_sparse(self.model, types=s.types) if o.reason is None]
     stats = sparse_moments(self.model, self.dls if data is None else data, sites, n_batches, loss=loss)
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]
     def planned(ratio): return Sparsifier(round(1 - ratio, 9), **kwargs).plan(self.model, stats)
-    res = find(self.model, planned, evaluate, float(evaluate(self.model)), max_drop=max_drop, metric=name, ratios=[1 - s for s in sparsities],
-               refine=refine, higher_is_better=_direction(name, higher_is_better), verb='sparsity_find', kind=SparsitySuggestion,
-               size=lambda p: p.zeros)
+    res = find(self.model, planned, evaluate, float(evaluate(self.model)), max_drop=max_drop, metric=name,
+               ratios=[1 - s for s in sparsities], refine=refine, higher_is_better=_direction(name, higher_is_better),
+               verb='sparsity_find', kind=SparsitySuggestion, size=lambda p: p.zeros)
     if show_plot: res.plot()
     return res

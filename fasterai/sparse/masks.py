@@ -68,8 +68,8 @@ class Pattern:
         if self.of: return total - total//self.of*self.keep
         return int(sparsity*(total//(size := math.prod(self.block(shape)))) + 1e-9)*size
 
-# %% ../../nbs/sparse/masks.ipynb #86b4352e
-PATTERNS = dict(unstructured=Pattern('unstructured'), row=Pattern('row', 1, 0), column=Pattern('column', 0, 1), block=Pattern('block', 4, 4))
+# %% ../../nbs/sparse/masks.ipynb #437ee7d6
+PATTERNS = {p.name: p for p in (Pattern('unstructured'), Pattern('row', 1, 0), Pattern('column', 0, 1), Pattern('block', 4, 4))}
 
 def mk_pattern(
     x: 'str|Pattern',   # 'unstructured', 'row', 'column', 'block' (4×4), '16x1', '2:4'
@@ -77,8 +77,10 @@ def mk_pattern(
     "A pattern by its name"
     if isinstance(x, Pattern): return x
     if isinstance(x, str) and x in PATTERNS: return PATTERNS[x]
-    if isinstance(x, str) and (o := re.fullmatch(r'(\d+):(\d+)', x)) and 0 < int(o[1]) < int(o[2]): return Pattern(x, keep=int(o[1]), of=int(o[2]))
-    if isinstance(x, str) and (o := re.fullmatch(r'(\d+)[x×](\d+)', x)) and int(o[1])*int(o[2]): return Pattern(x, int(o[1]), int(o[2]))
+    o = re.fullmatch(r'(\d+)([:x×])(\d+)', x) if isinstance(x, str) else None
+    a,b = (int(o[1]), int(o[3])) if o else (0, 0)
+    if o and o[2] == ':' and 0 < a < b: return Pattern(x, keep=a, of=b)
+    if o and o[2] != ':' and a*b: return Pattern(x, a, b)
     raise ValueError(f"pattern must be 'unstructured', 'row', 'column', 'block', rows and columns of a block as '16x1', "
                      f"or N:M with 0 < N < M as '2:4', got {_short(x)}.")
 

@@ -148,7 +148,8 @@ def with_masks(self:SparsityPlan,
     return replace(self, layers=tuple(rows.get(o.name, o) for o in self.layers), solved={})
 
 def _mask(row):
-    if not row.mask: raise ValueError(f'the plan holds no mask of {row.name!r}: it was read from a folder of weights, which holds the zeros.')
+    if not row.mask: raise ValueError(
+        f'the plan holds no mask of {row.name!r}: it was read from a folder of weights, which holds the zeros.')
     return unpack_mask(row.mask, row.shape)
 
 # %% ../../nbs/sparse/plan.ipynb #1078b31d
@@ -162,7 +163,8 @@ def edit(self:SparsityPlan,
         if o.name not in chosen or not o.changed: return o
         return replace(o, zeros=0, error=None, loss=None, update='', mask='', reason='left by edit')
     policy = self.policy if '(edited)' in self.policy else f'{self.policy} (edited)'
-    return replace(self, layers=tuple(map(new, self.layers)), policy=policy, solved={n: v for n,v in self.solved.items() if n not in chosen})
+    solved = {n: v for n,v in self.solved.items() if n not in chosen}
+    return replace(self, layers=tuple(map(new, self.layers)), policy=policy, solved=solved)
 
 # %% ../../nbs/sparse/plan.ipynb #4590cd78
 def _variants(model): return {type(m) for m in model.modules() if isinstance(m, (nn.Linear, *_CONVS))}
@@ -233,8 +235,8 @@ def _news(self:SparsityPlan, sites, stats):
         if not row.calibrated: yield n, None; continue
         if stats is None: lost.append(n)
         yield n, None if stats is None or n not in stats else self._anew(s, row, stats)
-    if lost: _warn_user(f'what stays in {len(lost)} layers ({", ".join(lost[:3])}) does not make up for what goes: the plan came from a file, '
-                        'or their weights have changed since. Pass plan.apply(model, data=…) to solve them as planned.')
+    if lost: _warn_user(f'what stays in {len(lost)} layers ({", ".join(lost[:3])}) does not make up for what goes: the plan came from a '
+                        'file, or their weights have changed since. Pass plan.apply(model, data=…) to solve them as planned.')
 
 @patch
 def _anew(self:SparsityPlan, s, row, stats):
@@ -258,7 +260,7 @@ def apply(self:SparsityPlan,
         for s in sites.values(): _check_finite(s)
         masks = self.masks
         seen = [s for n,s in sites.items() if self[n].calibrated]
-        stats = None if data is None else data if isinstance(data, Inputs) else sparse_moments(model, data, seen, n_batches, sensitivity=False)
+        stats = data if data is None or isinstance(data, Inputs) else sparse_moments(model, data, seen, n_batches, sensitivity=False)
         res = model if inplace else copy_with(model)
         mods = dict(res.named_modules())
         for n,new in self._news(sites, stats): _fill(mods[n], masks.pop(n), new)
@@ -280,5 +282,6 @@ def _checked(self:SparsityPlan, res, before):
         for n in o.names:
             if (why := o.misfit(parts.get(n))):
                 raise RuntimeError(f'the result is not what was planned: {n!r} should be {o.promise}, there is {why}.')
-    if (n := count_params(res)) != before: raise RuntimeError(f'the result is not what was planned: it has {n:,} parameters, not {before:,}.')
+    if (n := count_params(res)) != before:
+        raise RuntimeError(f'the result is not what was planned: it has {n:,} parameters, not {before:,}.')
     return res

@@ -93,7 +93,8 @@ def drop(self:SparseLayer,
     "Take weights away, and let the others make up for them"
     self.gone = self.back(gone)
     if not steps or self.o is None: self.W = self.W.masked_fill(self.gone, 0.); return
-    self.W = conjugate_gradients(self.W0, self.moments(), ~self.gone, start=self.W, steps=steps, tol=1e-3 if steps > _STEPS else .1)
+    tol = 1e-3 if steps > _STEPS else .1        # on the way, near is near enough
+    self.W = conjugate_gradients(self.W0, self.moments(), ~self.gone, start=self.W, steps=steps, tol=tol)
 
 @patch
 def search(self:SparseLayer,
@@ -102,7 +103,8 @@ def search(self:SparseLayer,
 ):
     "Another mask with as many zeros, by `alternate`, where it is better than the one that is there"
     rows = None
-    if self.H is not None and scope != 'row' and float(self.H.max()) > 0: rows = (self.H/self.H.mean()).clamp(min=1e-6).sqrt().view(self.shape[:2]).to(self.W0)
+    if self.H is not None and scope != 'row' and float(self.H.max()) > 0:
+        rows = (self.H/self.H.mean()).clamp(min=1e-6).sqrt().view(self.shape[:2]).to(self.W0)
     def cut(x): return self.back(self.pattern.drop(self.ordered(x), zeros, 'row' if scope == 'row' else 'layer'))
     W,mask = alternate(self.W0, self.moments(), cut, rows=rows)
     if self.gone is None or self.weighed(W) <= self.weighed(self.W): self.W,self.gone = W,~mask

@@ -76,7 +76,7 @@ def _shares(self:Sparsifier, x):
     if p.of:
         own = 1 - p.keep/p.of
         if isinstance(x, Mapping) or _check_share(x) not in (.5, own): raise ValueError(
-            f'pattern={p.name!r} makes {own:.0%} of the weights zero, in each layer: leave out sparsity={x}, and choose layers with layers=.')
+            f'pattern={p.name!r} makes {own:.0%} of the weights zero, in each layer: leave out sparsity={x}, and choose with layers=.')
         return own
     if p.name == 'row' and self.scope == 'row': raise ValueError("scope='row' and pattern='row' exclude each other: pass scope='layer'.")
     if not isinstance(x, Mapping): return _check_share(x)
@@ -240,7 +240,7 @@ def _warn(self:Sparsifier, plan, stats):
     if total > _FAR**2: _warn_user(f'the predicted output error is {total**.5:.2g}: from {_FAR} on predictions are unreliable. Measure the '
         'model, or keep more weights.')
     if (empty := [o.name for o in plan.replaced if o.zeros == o.weights]):
-        _warn_user(f"all weights of {', '.join(map(repr, empty[:3]))} are zero, so that no input passes: scope='layer' keeps some of each layer.")
+        _warn_user(f"all weights of {', '.join(map(repr, empty[:3]))} are zero: no input passes. scope='layer' keeps some of each.")
 
 # %% ../../nbs/sparse/sparsifier.ipynb #32f4934b
 @patch

@@ -41,11 +41,12 @@ def _read(path):
     "The tensors of the file, checked against their sums"
     ck = _open(path)
     meta = next(iter(ck.metas.values()))
-    if meta.get('type') != _TYPE: raise ValueError(f'{path} was not written by save_sparse. load_compressed reads a folder of save_compressed, '
-                                                   'load_weights any other file of weights.')
+    if meta.get('type') != _TYPE: raise ValueError(f'{path} was not written by save_sparse. load_compressed reads a folder of '
+                                                   'save_compressed, load_weights any other file of weights.')
     if meta.get('version') != '1': raise ValueError(f'{path} has version {meta.get("version")!r}, this fasterai reads 1.')
     for k,want in json.loads(meta[_SUMS]).items():
-        if k not in ck.tensors or _check_sum(ck.tensors[k].read()) != want: raise ValueError(f'{path} is damaged: {k!r} is not what was written.')
+        if k not in ck.tensors or _check_sum(ck.tensors[k].read()) != want:
+            raise ValueError(f'{path} is damaged: {k!r} is not what was written.')
     return whole_tensors(ck)
 
 @torch.no_grad()
@@ -54,7 +55,8 @@ def load_sparse(
     model: nn.Module,       # of the same architecture; filled in place
 ) -> nn.Module:             # `model`, in the dtypes of the file
     "Fill `model` with the state in a file of `save_sparse`, strictly"
-    if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}: load_sparse(path, model).')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}: load_sparse(path, model).')
     ck,net = _read(Path(path)),_unwrapped(model)
     seen = _Match(ck.path, ck.tensors, shapes={k: t.shape for k,t in ck.tensors.items()})
     _check_match(net, seen)

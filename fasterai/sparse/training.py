@@ -55,7 +55,8 @@ class HoldZeros(Callback):
     @torch.no_grad()
     def hold(self):
         "Zero what is held"
-        if self.model_held is not self.learn.model: self.masks,self.model_held = _held(self.learn),self.learn.model  # replaced during the fit
+        if self.model_held is not self.learn.model:     # replaced during the fit
+            self.masks,self.model_held = _held(self.learn),self.learn.model
         mods = dict(get_model(self.learn.model).named_modules())
         for n,keep in self.masks.items(): mods[n].weight.mul_(keep)
 
@@ -95,16 +96,18 @@ def _check_schedule(schedule, sparsity, start, end, every, rewind):
         raise TypeError(f'schedule must be a function of the progress from 0 to 1, as SchedCos(0., {sparsity:g}), got {_short(schedule)}.')
     at = [float(schedule(i/50)) for i in range(51)]
     if abs(at[-1] - sparsity) > 1e-6:
-        raise ValueError(f'the schedule ends at {at[-1]:g}, the sparsity is {sparsity:g}. Pass one that ends there, as SchedCos(0., {sparsity:g}).')
-    if min(at) < 0 or max(at) > sparsity + 1e-6: raise ValueError(f'the schedule goes from {min(at):g} to {max(at):g}: it must stay between 0 and {sparsity:g}.')
+        raise ValueError(f'the schedule ends at {at[-1]:g}, the sparsity is {sparsity:g}. '
+                         f'Pass one that ends there, as SchedCos(0., {sparsity:g}).')
+    if min(at) < 0 or max(at) > sparsity + 1e-6:
+        raise ValueError(f'the schedule goes from {min(at):g} to {max(at):g}: it must stay between 0 and {sparsity:g}.')
 
 def _due(epochs, n, every, start, end):
     "First and last batch at which a step is due, and how far apart steps are, in a fit of `epochs` times `n` batches"
     total,k = epochs*n,n if every == 'epoch' else every
     first,last = math.ceil(start*total/k - 1e-9)*k,min(math.floor(end*total/k + 1e-9), (total-1)//k)*k
     if last < first: raise ValueError(
-        f'no step falls between start={start:g} and end={end:g} of this fit, which has {epochs} epochs of {n} batches: steps are due every {k} '
-        f'batches. Pass a smaller every=, or train more.')
+        f'no step falls between start={start:g} and end={end:g} of this fit, which has {epochs} epochs of {n} batches: steps are due '
+        f'every {k} batches. Pass a smaller every=, or train more.')
     return first, last, k
 
 # %% ../../nbs/sparse/training.ipynb #58dce56d
@@ -127,7 +130,8 @@ class SparsifyCallback(Callback):
         types: type|Iterable[type] = (),            # see `Sparsifier`
     ):
         if isinstance(sparsity, Mapping): raise TypeError('sparsity must be one number: choose layers with layers= and exclude=.')
-        self.sparsifier = Sparsifier(sparsity, pattern=pattern, score=score, update='none', scope=scope, layers=layers, exclude=exclude, types=types)
+        self.sparsifier = Sparsifier(sparsity, pattern=pattern, score=score, update='none', scope=scope, layers=layers, exclude=exclude,
+                                     types=types)
         self.sparsity = self.sparsifier.sparsity
         self.schedule = SchedCos(0., self.sparsity) if schedule is None else schedule
         _check_schedule(self.schedule, self.sparsity, start, end, every, rewind)
@@ -144,11 +148,11 @@ def before_fit(self:SparsifyCallback):
     self._clear()
     if hasattr(self.learn, 'lr_finder'): return
     if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs):
-        raise ValueError('to_non_native_fp16 trains copies of the parameters, whose zeros SparsifyCallback cannot keep: use learn.to_fp16().')
+        raise ValueError('to_non_native_fp16 trains copies of the parameters, whose zeros cannot be kept: use learn.to_fp16().')
     at,self.steps = _due(self.n_epoch, len(self.dls.train), self.every, self.start, self.end),[]
     if self.rewind is not None:
         if self.rewind*len(self.dls.train) > at[0]: raise ValueError(
-            f'rewind={self.rewind} is after the first step, in epoch {at[0]//len(self.dls.train)}: pass a larger start, or an earlier epoch.')
+            f'rewind={self.rewind} is after the first step, in epoch {at[0]//len(self.dls.train)}: pass a larger start, or less.')
         if any(isinstance(cb, SaveModelCallback) and not cb.every_epoch for cb in self.learn.cbs): raise ValueError(
             'rewind and SaveModelCallback both put back other weights at the end: leave one of them out, or pass every_epoch=True to it.')
     self._choose(0.)        # raises for names that do not exist and weights that are not finite
@@ -156,7 +160,8 @@ def before_fit(self:SparsifyCallback):
 
 @patch
 def before_epoch(self:SparsifyCallback):
-    if self._at is not None and self.epoch == self.rewind: self._saved = {k: v.clone() for k,v in get_model(self.model).state_dict().items()}
+    if self._at is None or self.epoch != self.rewind: return
+    self._saved = {k: v.clone() for k,v in get_model(self.model).state_dict().items()}
 
 @patch
 def _choose(self:SparsifyCallback, share):
