@@ -1,5 +1,4 @@
-"What users type: `from fasterai.all import *`, or `from fasterai.misc.all import *`. Everything else is imported from its room."
-from fasterai.cli import fasterai_decompose
+"What users type: `from fasterai.cli import fasterai_decompose
 from fasterai.core.batches import Batches, run_batches
 from fasterai.core.calibrate import Calibration, calibrate
 from fasterai.core.digits import digits_dls
@@ -40,8 +39,13 @@ from fasterai.quantize.plan import QuantizationPlan
 from fasterai.quantize.policies import ByteBudget
 from fasterai.quantize.quantizer import Quantizer
 from fasterai.quantize.training import QuantizeTraining
+from fasterai.sparse.plan import SparsityPlan
+from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.sparse.storage import load_sparse, save_sparse
+from fasterai.sparse.training import SparsifyCallback
 from fasterai.workflow.chain import compress
 from fasterai.workflow.report import CompressionReport
 # methods of the Learner
 import fasterai.export.learner as _export, fasterai.fold.learner as _fold, fasterai.lowrank.learner as _lowrank
-import fasterai.prune.learner as _prune, fasterai.quantize.learner as _quantize, fasterai.workflow.learner as _workflow
+import fasterai.prune.learner as _prune, fasterai.quantize.learner as _quantize, fasterai.sparse.learner as _sparse
+import fasterai.workflow.learner as _workflow

@@ -21,7 +21,8 @@ def all_cores():
 SLOW = {     # train for minutes, or need much memory
     'tutorials/export/onnx_export.ipynb', 'tutorials/misc/choosing_ranks.ipynb',
     'tutorials/misc/fc_decomposer.ipynb', 'tutorials/misc/transformers.ipynb',
-    'tutorials/prune/pruner.ipynb', 'tutorials/quantize/quantizer.ipynb'}
+    'tutorials/prune/pruner.ipynb', 'tutorials/quantize/quantizer.ipynb',
+    'tutorials/sparse/sparsifier.ipynb', 'tutorials/workflow.ipynb'}
 
 def notebooks():
     for p in sorted(nbglob(root/'nbs', as_path=True)):
