@@ -1,4 +1,5 @@
-"What users type: `from fasterai.cli import fasterai_decompose
+"What users type: `from fasterai.all import *`, or `from fasterai.misc.all import *`. Everything else is imported from its room."
+from fasterai.cli import fasterai_decompose
 from fasterai.core.batches import Batches, run_batches
 from fasterai.core.calibrate import Calibration, calibrate
 from fasterai.core.digits import digits_dls
