@@ -30,7 +30,7 @@ def _fewer(make, step):
         return case
     return f
 
-CASES = dict(minilm=_fewer(_minilm, 2), vgg=_fewer(_on_digits('VGG16-bn', _vgg, 32), 1), vit=_on_digits('ViT', _vit, 32, 60))
+CASES = dict(minilm=_fewer(_minilm, 2), lowrank=_fewer(_minilm, 2), vgg=_fewer(_on_digits('VGG16-bn', _vgg, 32), 1), vit=_on_digits('ViT', _vit, 32, 60))
 SETTINGS = '0.5','0.7','2:4'
 FLOORS = {('minilm', '0.5', 'default'): .953, ('minilm', '0.5', 'admm'): .964, ('minilm', '0.7', 'default'): .84, ('minilm', '0.7', 'admm'): .87,
           ('minilm', '2:4', 'admm'): .925}
@@ -112,7 +112,7 @@ def _low_rank(W, C, share):
     R = Q*e.clamp_min(0).sqrt()
     A = W.double() @ R
     V = torch.linalg.eigh(A @ A.T if m <= n else A.T @ A)[1][:, -max(1, int(share*m*n/(m + n))):]
-    L = V @ (V.T @ W.double()) if m <= n else (A @ V) @ torch.linalg.lstsq(R, V).solution.T
+    L = V @ (V.T @ W.double()) if m <= n else (A @ V) @ torch.linalg.lstsq(R.T, V).solution.T
     return L.float()
 
 @torch.no_grad()
@@ -146,22 +146,22 @@ def compare(name, case, settings):
             m = make()
             rows.append((method, _share(m, layers), *case.judge(m), time.process_time() - t))
             _log(f'{case.name}, {setting}, {method}: zeros {rows[-1][1]:.3f}, {case.metric} {rows[-1][2]:.4f}, error {rows[-1][3]:.4f}, {rows[-1][4]:.0f} s CPU')
-        for f in (magnitude, wanda, sparsegpt):
+        for f in () if name == 'lowrank' else (magnitude, wanda, sparsegpt):
             note({'wanda': 'Wanda', 'sparsegpt': 'SparseGPT'}.get(f.__name__, f.__name__), lambda: _with(case.model, layers, {n: f(o, setting) for n,o in layers.items()}))
         own = dict(pattern='2:4') if setting == '2:4' else dict(sparsity=float(setting))
-        for how in ('default', 'admm'):
+        for how in ('default',) if name == 'lowrank' else ('default', 'admm'):
             kw = own | (dict(update='admm') if how == 'admm' else {})
             note(f'Sparsifier, {how}', lambda: Sparsifier(layers=[*layers], **kw).plan(case.model, stats).apply(case.model))
-        if name == 'minilm' and setting == '0.5':
-            note('low rank (30 % of the numbers) + sparse', lambda: sparse_and_low_rank(case, layers, stats, .5))
+        for low in (.3, .6) if name == 'lowrank' else ():
+            note(f'low rank ({low:.0%} of the numbers) + sparse', lambda: sparse_and_low_rank(case, layers, stats, 1 - float(setting), low))
         yield setting, rows
 
-def _table(case, setting, rows):
+def _table(case, setting, rows, more=''):
     what = dict(accuracy='accuracy', agreement='agreement with dense', cosine='cosine to dense')[case.metric]
     def shown(v): return f'{v:.4f}' if case.metric == 'cosine' else f'{v:.1%}'
     lines = [f'| {m} | {z:.1%} | {shown(v)} | {e:.4f} | {t:.0f} |' for m,z,v,e,t in rows]
     head = setting if setting == '2:4' else f'{float(setting):.0%} zeros'
-    return f'## {case.name}, {head}', [f'| method | zeros | {what} | error of the output | s CPU |', '|---|---:|---:|---:|---:|', *lines]
+    return f'## {case.name}, {head}{more}', [f'| method | zeros | {what} | error of the output | s CPU |', '|---|---:|---:|---:|---:|', *lines]
 
 def files(cache):
     "Bytes of save_sparse relative to the same file of the dense model"
@@ -209,7 +209,7 @@ def _merged(old, title, lines):
 
 @call_parse
 def main(
-    only:str='minilm,vgg,vit,files,products',   # sections, separated by commas
+    only:str='minilm,lowrank,vgg,vit,files,products',   # sections, separated by commas
     settings:str='0.5,0.7,2:4',                 # shares of zeros, and patterns
     out:str='',                                 # Markdown file; sections that are in it already are replaced, others stay
     cache:str='',                               # folder of the trained networks; a temporary one by default
@@ -234,14 +234,14 @@ def main(
         for name in only.split(','):
             if name in CASES:
                 case = CASES[name](cache or tmp)
-                for setting,rows in compare(name, case, settings.split(',')):
-                    title,lines = _table(case, setting, rows)
+                for setting,rows in compare(name, case, ['0.5'] if name == 'lowrank' else settings.split(',')):
+                    title,lines = _table(case, setting, rows, ': beside a low-rank part' if name == 'lowrank' else '')
                     by = {m: v for m,_,v,*_ in rows}
                     checks = [target(by[f'Sparsifier, {h}'] >= f, f'{h} {by[f"Sparsifier, {h}"]:.4f}, at least {f}')
-                              for (c,s,h),f in FLOORS.items() if (c, s) == (name, setting)]
+                              for (c,s,h),f in FLOORS.items() if (c, s) == (name, setting) and f'Sparsifier, {h}' in by]
                     err = {m: e for m,_,_,e,_ in rows}
                     checks += [target(err['Sparsifier, default'] < err[b], f'error of the output {err["Sparsifier, default"]:.4f} by default, {err[b]:.4f} with {b}')
-                               for b in ('magnitude', 'Wanda', 'SparseGPT')]
+                               for b in ('magnitude', 'Wanda', 'SparseGPT') if b in err]
                     add(title, [*lines, '', *checks])
             elif name == 'files':
                 rows = files(cache or tmp)
