@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+sys.path = [p for p in sys.path if Path(p or '.').resolve() != Path(__file__).resolve().parent]     # onnx.py beside this file is not the package
 import numpy as np, torch, torch.nn.functional as F, torch_pruning as tp
 from fastcore.script import call_parse, store_true
 from torch import nn

@@ -16,6 +16,7 @@ from fasterai.all import ByteBudget, FC_Decomposer, Half, Int, LowRankLinear, Pa
 from fasterai.core.inputs import collect_inputs
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from prune import _answer, _lite, _minilm
+sys.path = [p for p in sys.path if Path(p or '.').resolve() != Path(__file__).resolve().parent]     # onnx.py beside this file is not the package
 
 def _log(*s): print(*s, file=sys.stderr, flush=True)
 
