@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../../nbs/export/onnx.ipynb #bee06ce0
+# %% ../../nbs/export/onnx.ipynb #2b9d29b5
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -16,7 +16,7 @@ from ..core.batches import _short, left_as_found
 from ..core.check import _FAILS
 from ..core.latency import _latencies
 from .exporters import EXPORTERS, annotate, check_target, listening, needs, save_graph, staged, to_graph
-from .inputs import Flat, Form, batches_of, dynamic_axes, outputs, resized, runs, size_of, traced, trials
+from .inputs import Flat, batches_of, dynamic_axes, outputs, resized, runs, traced, trials
 from .prepare import folded, grown, plain_copy, state_bytes
 from .report import ONNXReport
 from .verify import described, feed, ort_errors, session, tried
@@ -42,7 +42,7 @@ def _check(model, exporter, dynamic, opset, half, rtol, atol):
     if any(p.is_meta for p in model.parameters()):
         raise ValueError('the model is on the meta device and holds no values: load its weights first.')
 
-# %% ../../nbs/export/onnx.ipynb #35114186
+# %% ../../nbs/export/onnx.ipynb #6d2ec6b8
 def _small(form, xs, axes):
     "As few inputs as show what a model does: for the proof of folding"
     return resized(xs, axes, 'batch', 2) if any('batch' in ds.values() for ds in axes) else xs
@@ -53,7 +53,7 @@ def _graph(model, form, xs, axes, exporter, opset, fold):
     if any(x.dtype in (torch.float16, torch.bfloat16) for x in xs): xs = tuple(x.float() if x.is_floating_point() else x for x in xs)
     if fold: copy,note = folded(copy, form, _small(form, xs, axes))
     with left_as_found(copy), torch.no_grad(): names = [*outputs(form.call(copy, xs))]
-    proto,said = to_graph(exporter, Flat(copy, form), xs, form.names, names, axes, opset)
+    proto,said = to_graph(exporter, Flat(copy, form).eval(), xs, form.names, names, axes, opset)
     return proto,[note] if note else [],said
 
 def _halved(proto):
