@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../../nbs/export/onnx.ipynb #2b9d29b5
+# %% ../../nbs/export/onnx.ipynb #108fdef1
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +19,8 @@ from .exporters import EXPORTERS, annotate, check_target, listening, needs, save
 from .inputs import Flat, batches_of, dynamic_axes, outputs, resized, runs, traced, trials
 from .prepare import folded, grown, plain_copy, state_bytes
 from .report import ONNXReport
+from .served import ServedText
+from .text import is_text_classifier
 from .verify import described, feed, ort_errors, session, tried
 
 # %% ../../nbs/export/onnx.ipynb #33673ca6
@@ -101,7 +103,7 @@ def _first_that_holds(job, order, reason, path):
     hint = '' if not any(job['axes']) else ' dynamic=False makes a file for one shape.'
     raise ValueError(f'no file was written, as none answers as the model does. {" | ".join(failed)}.{hint}')
 
-# %% ../../nbs/export/onnx.ipynb #ec49ae1e
+# %% ../../nbs/export/onnx.ipynb #2a733c7d
 def export_onnx(
     model: nn.Module,                   # left as found
     path: str|os.PathLike,              # file to write
@@ -122,6 +124,7 @@ def export_onnx(
     "Write `model` as an ONNX file that was run in ONNX Runtime and gives the same output"
     if rtol is None: rtol = 1e-2 if half else 1e-3
     _check(model, exporter, dynamic, opset, half, rtol, atol)
+    if is_text_classifier(model): model = ServedText(model, None)       # its other outputs are those of the encoder
     needs('onnx', 'onnxscript', 'onnxruntime')
     check_target(path, overwrite)
     form,batches = batches_of(model, data, n_batches)
