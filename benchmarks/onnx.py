@@ -259,7 +259,6 @@ def lite(tmp, rounds):
     from fasterai.export.onnx import export_onnx
     other = _other('prune')
     case = other._lite('', n=128)
-    case.model.set_swish(memory_efficient=False) if hasattr(case.model, 'set_swish') else None
     r = export_onnx(case.model, tmp/'lite.onnx', case.test[0][:4], latency=False)
     x = torch.cat(case.test)
     want = case.model(x[:100]).argmax(1)

@@ -326,6 +326,11 @@ def test_texts_alone_and_padded(tmp_path):
         probs = model(np.array(padded))[0]
         np.testing.assert_allclose(probs, np.stack([model.predict(i)[2] for i in ids]), atol=1e-5)
 
+def test_a_text_classifier_without_a_learner(tmp_path):
+    model = text_learner()[0].model
+    r = export_onnx(model, tmp_path/'a.onnx', torch.randint(2, 40, (4, 33)), latency=False)
+    assert r.exporter == 'torchscript' and r.error < 1e-5 and [*r.inputs] == ['ids'] and 'another length' in [t.what for t in r.trials]
+
 BLOCK = '''
 import sys
 class Absent:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# %% ../../nbs/export/exporters.ipynb #42c9a54b
+# %% ../../nbs/export/exporters.ipynb #d6003cec
 def needs(*packages):
     "Raise where a package is missing"
     if (lost := [p for p in packages if importlib.util.find_spec(p) is None]):
@@ -43,7 +43,7 @@ def listening():
             yield said
         finally:
             for o,hs,up in was: o.handlers,o.propagate = hs,up
-            said += [f'{w.category.__name__}: {w.message}' for w in caught]
+            said += [f'{w.category.__name__}: {w.message}' for w in caught if not issubclass(w.category, DeprecationWarning)]
             said[:] = dict.fromkeys(o.strip().splitlines()[0][:300] for o in said if o.strip())
 
 # %% ../../nbs/export/exporters.ipynb #524b4588

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['image_array', 'row_arrays', 'text_ids']
 
-# %% ../../nbs/export/items.ipynb #7b42755d
+# %% ../../nbs/export/items.ipynb #f77addd9
 import io
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
 from typing import Any
 import numpy as np
 

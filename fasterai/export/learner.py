@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/export/learner.ipynb #bc2f59ab
+# %% ../../nbs/export/learner.ipynb #fded3f94
 import os, warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,13 +15,11 @@ from random import Random
 import numpy as np, torch
 from fastai.callback.progress import ProgressCallback      # adds learn.no_bar
 from fastai.learner import Learner
-from fastai.torch_core import TensorImage, get_model, rank_distrib
+from fastai.torch_core import TensorImage, get_model
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fasttransform import Pipeline
-from torch import nn
-from ..core.batches import left_as_found, run_batches
-from ..core.check import _FAILS
+from ..core.batches import _rng_kept, left_as_found, run_batches
 from fasterai.export.about import (columns_of, images_of, kind_of, mode_of, numbers_of, rows_as_tensors, rows_to_try, scaling_of, steps_of,
     vocab_of)
 from .exporters import check_target, needs, staged
@@ -33,7 +31,7 @@ from .runtime import ONNXModel
 from .served import Decoded, Served, ServedCodes, ServedImage, ServedRows, ServedText, _first
 from .text import OnePass
 
-# %% ../../nbs/export/learner.ipynb #80d2d25b
+# %% ../../nbs/export/learner.ipynb #0336be30
 def _device(model): return next((t.device for t in model.parameters()), torch.device('cpu'))
 
 def _items(learn, kind, n):
@@ -43,8 +41,7 @@ def _items(learn, kind, n):
 
 def _texts(learn, n):
     "Ids of single texts"
-    dl,pad = learn.dls.valid,get_model(learn.model)[0].pad_idx
-    vocab = learn.dls.vocab[0]
+    dl,vocab = learn.dls.valid,learn.dls.vocab[0]
     if not len(dl.dataset): return [torch.randint(2, len(vocab), (k,), generator=torch.Generator().manual_seed(k)) for k in (9, 40, 90)]
     res = [dl.dataset.tls[0][i] for i in range(min(n, len(dl.dataset)))]
     return [torch.as_tensor(t).as_subclass(torch.Tensor) for t in res]
@@ -111,7 +108,7 @@ def _about(learn, kind, decode, normalize, served):
     if kind == 'text': res |= dict(tokens=[*map(str, learn.dls.vocab[0])], pad=get_model(learn.model)[0].pad_idx)
     return dict(fasterai=res)
 
-# %% ../../nbs/export/learner.ipynb #557d99f3
+# %% ../../nbs/export/learner.ipynb #b527afa7
 _CLOSE = 1e-4       # largest difference of a probability, or of a value relative to its size
 
 def _wanted(learn, kind, item):
@@ -132,16 +129,14 @@ def _compare(learn, kind, path, tolerance):
     model = ONNXModel(path)
     items = _texts(learn, 4) if kind == 'text' else _items(learn, kind, 4)
     if kind == 'other' or kind == 'vision' and model.learner['steps'] is None: return 0
-    rng = np.random.get_state()
     for i,item in enumerate(items):
-        want = np.asarray(_wanted(learn, kind, item).detach().cpu(), np.float64)
+        with _rng_kept(_device(get_model(learn.model))): want = np.asarray(_wanted(learn, kind, item).detach().cpu(), np.float64)
         got = model.predict(item.tolist() if kind == 'text' else item)[2]
         off = float(np.abs(want.reshape(got.shape) - got).max())/max(1., float(np.abs(want).max()))
         if not off <= tolerance: raise ValueError(
             f'the file predicts something else than learn.predict: item {i} differs by {off:.1e} (at most {tolerance:g}). '
             'No file was written. '
             'A transform of batches or items may do more than the file can: normalize=False exports the model alone.')
-    np.random.set_state(rng)
     return len(items)
 
 # %% ../../nbs/export/learner.ipynb #36ea0421

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../../nbs/export/onnx.ipynb #bee06ce0
+# %% ../../nbs/export/onnx.ipynb #108fdef1
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -16,9 +16,11 @@ from ..core.batches import _short, left_as_found
 from ..core.check import _FAILS
 from ..core.latency import _latencies
 from .exporters import EXPORTERS, annotate, check_target, listening, needs, save_graph, staged, to_graph
-from .inputs import Flat, Form, batches_of, dynamic_axes, outputs, resized, runs, size_of, traced, trials
+from .inputs import Flat, batches_of, dynamic_axes, outputs, resized, runs, traced, trials
 from .prepare import folded, grown, plain_copy, state_bytes
 from .report import ONNXReport
+from .served import ServedText
+from .text import is_text_classifier
 from .verify import described, feed, ort_errors, session, tried
 
 # %% ../../nbs/export/onnx.ipynb #33673ca6
@@ -42,7 +44,7 @@ def _check(model, exporter, dynamic, opset, half, rtol, atol):
     if any(p.is_meta for p in model.parameters()):
         raise ValueError('the model is on the meta device and holds no values: load its weights first.')
 
-# %% ../../nbs/export/onnx.ipynb #35114186
+# %% ../../nbs/export/onnx.ipynb #6d2ec6b8
 def _small(form, xs, axes):
     "As few inputs as show what a model does: for the proof of folding"
     return resized(xs, axes, 'batch', 2) if any('batch' in ds.values() for ds in axes) else xs
@@ -53,7 +55,7 @@ def _graph(model, form, xs, axes, exporter, opset, fold):
     if any(x.dtype in (torch.float16, torch.bfloat16) for x in xs): xs = tuple(x.float() if x.is_floating_point() else x for x in xs)
     if fold: copy,note = folded(copy, form, _small(form, xs, axes))
     with left_as_found(copy), torch.no_grad(): names = [*outputs(form.call(copy, xs))]
-    proto,said = to_graph(exporter, Flat(copy, form), xs, form.names, names, axes, opset)
+    proto,said = to_graph(exporter, Flat(copy, form).eval(), xs, form.names, names, axes, opset)
     return proto,[note] if note else [],said
 
 def _halved(proto):
@@ -101,7 +103,7 @@ def _first_that_holds(job, order, reason, path):
     hint = '' if not any(job['axes']) else ' dynamic=False makes a file for one shape.'
     raise ValueError(f'no file was written, as none answers as the model does. {" | ".join(failed)}.{hint}')
 
-# %% ../../nbs/export/onnx.ipynb #ec49ae1e
+# %% ../../nbs/export/onnx.ipynb #2a733c7d
 def export_onnx(
     model: nn.Module,                   # left as found
     path: str|os.PathLike,              # file to write
@@ -122,6 +124,7 @@ def export_onnx(
     "Write `model` as an ONNX file that was run in ONNX Runtime and gives the same output"
     if rtol is None: rtol = 1e-2 if half else 1e-3
     _check(model, exporter, dynamic, opset, half, rtol, atol)
+    if is_text_classifier(model): model = ServedText(model, None)       # its other outputs are those of the encoder
     needs('onnx', 'onnxscript', 'onnxruntime')
     check_target(path, overwrite)
     form,batches = batches_of(model, data, n_batches)

@@ -35,7 +35,7 @@ class Products:
         self.weight = lambda n: numpy_helper.to_array(weights[n.input[1]])
         self.names = {n.name for ns in self.groups.values() for n in ns}
 
-# %% ../../nbs/export/rows.ipynb #acfe963b
+# %% ../../nbs/export/rows.ipynb #5a05d076
 def _node(op, ins, out, **kw):
     from onnx import helper
     return helper.make_node(op, ins, [out], name=f'{out}_node', **kw)
@@ -63,7 +63,6 @@ def rows_to_one(
     scales: dict[str,np.ndarray|None],  # input -> smoothing (n,), see `smoothing`
 ):
     "Scale the inputs of all products"
-    from onnx import numpy_helper
     new,changed = {},{}
     for x,nodes in p.groups.items():
         front,one,top = _ahead(p, x, scales.get(x))

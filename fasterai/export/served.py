@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Decoded', 'Served', 'ServedImage', 'ServedRows', 'ServedCodes', 'ServedText']
 
-# %% ../../nbs/export/served.ipynb #5bf5299d
-from collections.abc import Mapping
+# %% ../../nbs/export/served.ipynb #58564bfc
 import torch
 from fastcore.basics import noop
 from torch import nn

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['OPS', 'weighted', 'Static', 'kept_float']
 
-# %% ../../nbs/export/static.ipynb #eda5d511
+# %% ../../nbs/export/static.ipynb #af657de9
 from collections.abc import Callable
 from pathlib import Path
-import numpy as np
 from .exporters import listening
 
 # %% ../../nbs/export/static.ipynb #aa4fe270
