@@ -118,8 +118,8 @@ class SparsifyCallback(Callback):
         sparsity: float = .5,                       # share of zeros over the chosen layers at `end`, in [0, 1)
         *,
         pattern: str|Pattern = 'unstructured',      # see `Sparsifier`
-        score: SparseScore = 'magnitude',           # which weights go at each step; 'saliency' and 'wanda' look at 8 batches of `dls`
-        scope: Scope = 'layer',                     # the same share in each layer, or in each 'row', or 'global': over all
+        score: SparseScore = 'saliency',            # which weights go at each step; 'saliency' and 'wanda' look at 8 batches of `dls`
+        scope: Scope = 'global',                    # the share holds over all layers, in each 'layer', or in each 'row'
         schedule: Callable|None = None,             # progress in [0, 1] -> share of zeros; None for SchedCos(0., sparsity)
         start: float = 0.,                          # share of the training at which it begins
         end: float = .8,                            # at which the sparsity is reached; the rest is for what stays
