@@ -470,3 +470,17 @@ def test_transformers(tmp_path):
     r = export_onnx(bert, tmp_path/'bert.onnx', batch, latency=False)
     assert {*r.inputs} == {*batch} and r.error < 1e-5 and 'another length' in [t.what for t in r.trials]
     assert [*r.outputs] == ['last_hidden_state', 'pooler_output']
+
+@pytest.mark.parametrize('bits', [3, 4, 8])
+def test_packed_tables_stay_packed(bits, tmp_path):
+    "Codes of words are unpacked in the file, a row at a time"
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table,self.head = nn.Embedding(4000, 64),nn.Linear(64, 8)
+        def forward(self, ids): return self.head(self.table(ids).mean(1))
+    torch.manual_seed(0)
+    m,x = Words().eval(),torch.randint(0, 4000, (8, 12))
+    q = Quantizer(Int(bits, group=32 if bits < 8 else None), embeddings=True).quantize(m, [x])
+    res = export_onnx(q, tmp_path/'m.onnx', [x], latency=False)
+    assert res and res.exporter == 'dynamo' and res.nbytes < 4*4000*64*(bits + 2)/32

@@ -639,3 +639,10 @@ assert not {'torchao', 'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules)''
 def test_compile():
     q,x = Quantizer(4).quantize(mlp(), rows()),rows()
     with torch.no_grad(): assert rel(torch.compile(q)(x), q(x)) < 1e-5
+
+def test_a_model_that_has_run_can_be_copied():
+    "What a layer keeps for speed goes into no copy"
+    m,x = Quantizer(Int(8, activations='dynamic')).quantize(mlp(), rows()),rows(8)
+    y = m(x)
+    assert torch.equal(copy.deepcopy(m)(x), y) and rel(unpack(m)(x), y) < .02
+    assert torch.equal(FC_Decomposer(.5).decompose(m)(x), y)      # its layers are packed: nothing is left to decompose, in a copy

@@ -28,6 +28,11 @@ class _Kept:
     def fits(self, sources, key):
         return key == self.key and all(t is o and _version(t) == v for t,(o,v) in zip(sources, self.sources))
 
+class _Cache(dict):
+    "What can be made again: it goes into no copy"
+    def __deepcopy__(self, memo): return _Cache()
+    def __reduce__(self): return _Cache, ()
+
 class _Whole(torch.autograd.Function):
     "The weight as a function of the scales"
     @staticmethod
@@ -79,7 +84,7 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.__dict__.update(_attrs(layer))
         w,b,(blocks,size) = layer.weight,getattr(layer, 'bias', None),blocks_of(f, n)
-        self.format,self._dtype,self._dense,self._n,self._kept = f,w.dtype,type(layer),n,{}
+        self.format,self._dtype,self._dense,self._n,self._kept = f,w.dtype,type(layer),n,_Cache()
         # the bias first: what asks the first Parameter for the dtype of the model finds it
         self.bias = None if b is None else nn.Parameter(b.detach().clone(), b.requires_grad)
         self.scales = nn.Parameter(torch.zeros(m, blocks, dtype=scale_dtype, device=w.device), w.requires_grad)
@@ -96,7 +101,7 @@ class QuantLayer(nn.Module):
         self._drop()
         self._dtype = fn(torch.empty(1, dtype=self._dtype, device=self.scales.device)).dtype
         return self
-    def __getstate__(self): return self.__dict__ | dict(_kept={})
+    def __getstate__(self): return self.__dict__ | dict(_kept=_Cache())
     def extra_repr(self): return f'{len(self.scales)}×{self._n}, bias={self.bias is not None}, {self.format}'
 
 # %% ../../nbs/quantize/layers.ipynb #aeb17f88
