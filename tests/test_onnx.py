@@ -20,6 +20,8 @@ from fasterai.export.int8 import quantize_onnx
 from fasterai.export.onnx import export_onnx
 from fasterai.export.runtime import ONNXModel, load_onnx_learner
 from fasterai.export.verify import verify_onnx
+from fasterai.quantize.formats import Int
+from fasterai.quantize.quantizer import Quantizer
 
 root = Path(__file__).parent.parent
 SCRIPT = dict(exporter='torchscript', latency=False)     # the faster exporter
