@@ -15,7 +15,8 @@ setup(
     author=cfg['author'], license=cfg['license'], python_requires=f">={cfg['min_python']}",
     long_description=(root/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['fasterai', 'fasterai.*']),
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    install_requires=cfg['requirements'].split(),
+    extras_require={'dev': f"{cfg['dev_requirements']} {cfg['onnx_requirements']}".split(), 'onnx': cfg['onnx_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['fasterai=fasterai._modidx:d']},
     classifiers=['Intended Audience :: Developers', 'Natural Language :: English', 'Operating System :: OS Independent']
         + [f'Programming Language :: Python :: 3.{v}' for v in (11, 12, 13)],

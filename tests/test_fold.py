@@ -891,7 +891,7 @@ def test_tabular_learner():
 def test_a_checkpoint_of_a_folded_model_is_refused(tmp_path):
     "Before anything is loaded: folded weights under live norms would ruin the model"
     x,y = torch.randn(16, 3, 12, 12),torch.randint(0, 5, (16,))
-    dls = DataLoaders.from_dsets([*zip(x, y)], [*zip(x, y)], bs=8, device='cpu')
+    dls = DataLoaders.from_dsets([*zip(x, y)], [*zip(x, y)], bs=8, num_workers=0, device='cpu')
     learn = Learner(dls, cnn(), loss_func=nn.CrossEntropyLoss(), path=tmp_path)
     want = outputs(learn.model, [img()])
     learn.fold_bn().save('folded')

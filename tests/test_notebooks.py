@@ -18,7 +18,11 @@ def all_cores():
     yield
     torch.set_num_threads(before)
 
-SLOW = {'tutorials/misc/fc_decomposer.ipynb', 'tutorials/misc/transformers.ipynb', 'tutorials/prune/pruner.ipynb'}     # train for minutes, or need much memory
+SLOW = {     # train for minutes, or need much memory
+    'tutorials/export/onnx_export.ipynb', 'tutorials/misc/choosing_ranks.ipynb',
+    'tutorials/misc/fc_decomposer.ipynb', 'tutorials/misc/transformers.ipynb',
+    'tutorials/prune/pruner.ipynb', 'tutorials/quantize/quantizer.ipynb',
+    'tutorials/sparse/sparsifier.ipynb', 'tutorials/workflow.ipynb'}
 
 def notebooks():
     for p in sorted(nbglob(root/'nbs', as_path=True)):

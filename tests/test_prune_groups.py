@@ -82,7 +82,7 @@ NETS = {
     'conv1d':    lambda: (nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3)), torch.randn(2, 3, 9)),
     'conv3d':    lambda: (nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), nn.Conv3d(8, 4, 1)), torch.randn(2, 3, 4, 4, 4)),
     'cat':       lambda: (Net(lambda s,x: s.c(torch.cat([s.a(x), F.relu(s.b(x)), x], 1)), a=conv(3, 8), b=conv(3, 6), c=conv(17, 4)), image()),
-    'shared':    lambda: (Net(lambda s,x: s.o(F.relu(s.a(F.relu(s.a(s.i(x)))))), i=nn.Linear(8, 12), a=nn.Linear(12, 12), o=nn.Linear(12, 3)), rows()),
+    'shared':    lambda: (Net(lambda s,x: s.o(s.a(F.relu(s.a(F.relu(s.a(s.i(x))))))), i=nn.Linear(8, 12), a=nn.Linear(12, 12), o=nn.Linear(12, 3)), rows()),
     'pair':      lambda: (nn.Sequential(nn.Sequential(nn.Linear(8, 5, bias=False), nn.Linear(5, 12)), nn.ReLU(), nn.Linear(12, 3)), rows()),
     'gated':     lambda: (Net(lambda s,x: s.o(F.silu(s.g(x))*s.u(x)), g=nn.Linear(8, 12), u=nn.Linear(8, 12), o=nn.Linear(12, 3)), rows()),
     'squeeze':   lambda: (Net(lambda s,x: s.o((y := s.i(x))*s.e(F.relu(s.s(y.mean((2, 3), True)))).sigmoid()),

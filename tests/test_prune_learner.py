@@ -28,7 +28,7 @@ def images(n=24, size=32):
     xs,ys = torch.randn(n, 3, size, size),torch.arange(n) % 3
     for x,y in zip(xs, ys): x[y] += 1.
     items = list(zip(xs, ys))
-    return DataLoaders.from_dsets(items, items, bs=8, device='cpu')
+    return DataLoaders.from_dsets(items, items, bs=8, num_workers=0, device='cpu')
 
 def net():
     return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(),
@@ -64,7 +64,7 @@ def test_xresnet():
 
 def test_tabular():
     df = pd.DataFrame(dict(a=torch.randn(64).numpy(), b=['x', 'y']*32, y=[0., 1.]*32))
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cont_names=['a'], cat_names=['b'], y_names='y', bs=16, device='cpu')
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cont_names=['a'], cat_names=['b'], y_names='y', bs=16, num_workers=0, device='cpu')
     learn = tabular_learner(dls, layers=[24, 16], loss_func=nn.functional.mse_loss)
     learn.prune(.5, score='taylor', cost='params')
     assert learn.plans[0].params_after <= .5*learn.plans[0].params and live(quiet(learn))
@@ -145,7 +145,7 @@ def test_models_of_fastai(kind):
     xs,unet = torch.randn(8, 3, 64, 64),kind == 'unet'
     ys = torch.randint(0, 3, (8, 64, 64) if unet else (8,))
     items = [(TensorImage(x), (TensorMask if unet else TensorCategory)(y)) for x,y in zip(xs, ys)]
-    dls = DataLoaders.from_dsets(items, items, bs=4, device='cpu')
+    dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device='cpu')
     make,loss = (unet_learner, CrossEntropyLossFlat(axis=1)) if unet else (vision_learner, CrossEntropyLossFlat())
     learn = make(dls, resnet18, pretrained=False, n_out=3, loss_func=loss, normalize=False)
     learn.prune(.5)

@@ -16,6 +16,8 @@ from fasterai.prune.plan import GroupPlan, PruningPlan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.example import small_example
 from fasterai.prune.scores import curve, score_units, taylor_values
+from fasterai.core.latency import LatencyTable
+from fasterai.prune.timing import Times
 from fasterai.prune.widths import Unreachable, allowed, fit_widths
 
 Cut = partial(Pruner, score='magnitude', compensate=False)   # without looking at data
@@ -325,3 +327,136 @@ def test_torchvision(name):
         small = plan.apply(m)
         assert count_params(small) == plan.params_after and count_macs(small, x) == plan.macs_after <= budget*count_macs(m, x)
         assert small(x).shape == (2, 10)
+
+# Widths in multiples, data, other methods
+
+@pytest.mark.parametrize('width', [12, 20, 100])
+def test_widths_are_multiples_of_eight_or_say_why(width):
+    m,x = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)),rows()
+    for budget in (.9, .6, .3):
+        try: o = Cut(budget, cost='params', round_to=8).plan(m, x)['0']
+        except Unreachable as e:
+            assert 'round_to=8' in str(e) and count_params(mlp(8, 8, 3)) > budget*count_params(m)
+            continue
+        n = len(o.kept)
+        assert n % 8 == 0 and count_params(mlp(8, n, 3)) <= budget*count_params(m) < count_params(mlp(8, n+8, 3))
+    plan = Cut(.99, cost='params', round_to=32).plan(mlp(8, 12, 40, 3), rows())
+    assert plan['0'].reason == 'no smaller multiple of 32' and len(plan.kept['2']) == 32
+
+def test_obs_without_data_is_refused_and_magnitude_warns():
+    m,x = net(),image()
+    with pytest.raises(ValueError, match="score='obs' looks at activations: pass data=, or score='magnitude'"): Pruner(.5).plan(m, example=x)
+    with pytest.warns(UserWarning, match='the layers that read the pruned units are not solved again'): Pruner(.5, score='magnitude').plan(m, example=x)
+
+def test_before_and_after_low_rank():
+    from fasterai.misc.fc_decomposer import FC_Decomposer
+    torch.manual_seed(0)
+    m,x = mlp(16, 64, 48, 4),torch.randn(200, 16)
+    pairs = FC_Decomposer(rank_ratio=.25).decompose(m)
+    after,before = Pruner(.6).prune(pairs, x),FC_Decomposer(rank_ratio=.25).decompose(Pruner(.6).prune(m, x))
+    assert count_macs(after, x) <= .6*count_macs(pairs, x) and count_macs(before, x) < count_macs(pairs, x)
+    assert after(x).shape == before(x).shape == (200, 4)
+    assert [type(o) for o in after.modules() if not [*o.children()]] == [type(o) for o in pairs.modules() if not [*o.children()]]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cost', ['macs', 'params'])
+@pytest.mark.parametrize('name', ['hf-bert', 'tv-convnext'])
+def test_transformers_and_convnext_meet_budgets_from_below(name, cost):
+    from zoo import ZOO
+    model,x = ZOO[name].make()
+    x = x if isinstance(x, dict) else x[0]
+    whole,which = Cut(1., cost=cost).plan(model, x),('params','macs').index(cost)
+    for budget in (.9, .7, .5, .3):
+        try: plan = whole.replan(budget)
+        except Unreachable: continue
+        small = plan.apply(model)
+        full,left = (count_params(model), count_params(small)) if cost == 'params' else (count_macs(model, x), count_macs(small, x))
+        assert left <= budget*full
+        counts = {n: len(k) for n,k in plan.kept.items()}
+        for o in plan.replaced: assert plan.costs.at(counts | {o.name: counts[o.name]+1})[which] > budget*plan.costs.at({})[which]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['resnet18', 'hf-bert'])
+def test_pruned_models_are_exported_and_compiled(name, tmp_path):
+    from zoo import ZOO
+    if name == 'resnet18':
+        from torchvision.models import resnet18
+        model,x = resnet18(num_classes=10).eval(),torch.randn(2, 3, 64, 64)
+    else: model,x = ZOO[name].make()
+    small = Cut(.5, cost='params').prune(model.eval(), x)
+    args,kw = ((x,), {}) if torch.is_tensor(x) else ((), dict(x))
+    def first(o): return o if torch.is_tensor(o) else o[0]
+    with torch.no_grad():
+        want = first(small(*args, **kw))
+        got = first(torch.export.export(small, args, kw).module()(*args, **kw))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(first(torch.compile(small, backend='aot_eager')(*args, **kw)), want, rtol=1e-4, atol=1e-4)
+        ort = pytest.importorskip('onnxruntime')
+        pytest.importorskip('onnxscript')
+        torch.onnx.export(small, args, tmp_path/'m.onnx', kwargs=kw, dynamo=True, verbose=False)
+    sess = ort.InferenceSession(tmp_path/'m.onnx', providers=['CPUExecutionProvider'])
+    feed = dict(zip([o.name for o in sess.get_inputs()], [t.numpy() for t in (*args, *kw.values())]))
+    torch.testing.assert_close(torch.from_numpy(sess.run(None, feed)[0]), want, rtol=1e-4, atol=1e-4)
+
+# Time by a table
+
+def timed_chain(n, m):
+    "A chain whose layers take time in steps of four widths"
+    def steps(k): return tuple(range(0, k, 4)) + (k,)
+    def table(outs, ins): return outs, ins, tuple(tuple(.5*i + o*i/9 for i in ins) for o in outs)
+    return Times(chain(n, m), .7, {'1': table(steps(n), (5,)), '2': table(steps(m), steps(n)), '3': table((3,), steps(m))})
+
+@pytest.mark.parametrize('budget', [.9, .6, .35])
+@pytest.mark.parametrize('kind', ['convex', 'steps', 'concave'])
+def test_a_budget_of_time_is_near_the_best_choice(budget, kind):
+    rng,times = np.random.default_rng(1),timed_chain(9, 7)
+    def errs(n):
+        e = dict(convex=np.sort(rng.exponential(size=n)), steps=rng.integers(0, 3, n)*1., concave=np.sort(rng.exponential(size=n))[::-1])
+        return np.r_[0, e[kind].cumsum()]
+    errors = dict(a=errs(9), b=errs(7))
+    def total(kept): return sum(errors[g][len(errors[g])-1-k] for g,k in kept.items())
+    def ms(a, b): return .7 + (.5*5 + 5*a/9) + (.5*a + a*b/9) + (.5*b + 3*b/9)     # bilinear, so that the table is exact
+    kept = fit_widths(times, errors, budget, cost='time')
+    assert times.at(kept)[0] == pytest.approx(ms(**kept))
+    every = [dict(a=i, b=j) for i,j in product(range(1, 10), range(1, 8)) if ms(i, j) <= budget*ms(9, 7) + 1e-9]
+    assert kept in every and total(kept) <= 2*min(map(total, every)) + 1e-9
+    for g,n in (('a', 9), ('b', 7)): assert kept[g] == n or ms(**(kept | {g: kept[g]+1})) > budget*ms(9, 7)
+
+def test_narrower_layers_never_count_as_slower(monkeypatch):
+    "However noisy the clock is"
+    import fasterai.core.latency as clock, fasterai.prune.timing as timing
+    rng = np.random.default_rng(0)
+    def noisy(calls, seconds): return rng.uniform(.1, 1., len(calls)).tolist()
+    monkeypatch.setattr(clock, '_latencies', noisy)
+    monkeypatch.setattr(timing, '_latencies', noisy)
+    m,x = net(),image()
+    times = timing.measure_times(m, x, measure_costs(m, x, find_groups(m, x)), LatencyTable(4))
+    for g,n in zip(times.groups, times.costs.units):
+        ms = [times.at({g: k})[0] for k in range(1, n+1)]
+        assert ms == sorted(ms)
+
+def test_pruner_with_a_table(monkeypatch, tmp_path):
+    "The clock shows the size of a weight"
+    import fasterai.core.latency as clock, fasterai.prune.timing as timing
+    asked = []
+    def size(layer): return float(layer.weight.numel())
+    def fake(calls, seconds):
+        asked.extend(calls)
+        return [size(c.func) for c in calls]
+    def layers(model): return [o for o in model.modules() if isinstance(o, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))]
+    def whole(model): return 500. + sum(map(size, layers(model)))
+    monkeypatch.setattr(clock, '_latencies', fake)
+    monkeypatch.setattr(timing, '_latencies', lambda calls, seconds: [whole(c.args[0]) for c in calls])
+    m,x = net(),image()
+    table = LatencyTable(batch_size=32)
+    plan = Cut(.6, cost=table).plan(m, x)
+    small = plan.apply(m)
+    assert whole(small) <= .6*whole(m) and plan.times.at({n: len(k) for n,k in plan.kept.items()})[0] == pytest.approx(whole(small))
+    assert all(len(c.args[0]) == 32 for c in asked) and 'cost=LatencyTable(32),' in plan.policy and plan.note.endswith('ms by the table')
+    n = len(asked)
+    assert Cut(.8, cost=table).plan(m, x).replan(.6).kept == plan.kept and len(asked) == n     # measured once
+    plan.save(tmp_path/'p.json')
+    assert PruningPlan.load(tmp_path/'p.json').replan(.8).kept == plan.replan(.8).kept
+    with pytest.raises(ValueError, match='the plan has no times: make it with Pruner'): plan_of(m, x).replan(.5, cost='time')
+    with pytest.raises(Unreachable, match='leave 0.* of the time'): Cut(.01, cost=table).plan(m, x)
+    with pytest.raises(ValueError, match="cost must be 'macs', 'params', 'latency' or a LatencyTable, got 'time'"): Cut(.5, cost='time')

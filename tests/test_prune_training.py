@@ -2,6 +2,7 @@
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -16,6 +17,7 @@ from fastai.optimizer import Adam, OptimWrapper, SGD, ranger
 from fastai.losses import CrossEntropyLossFlat
 from sklearn.datasets import load_digits
 from torch import nn
+from test_distributed import run
 from fasterai.core.distill import SelfDistillation
 from fasterai.core.store import load_compressed
 from fasterai.prune.cost import count_macs
@@ -466,3 +468,46 @@ def test_a_vision_transformer():
     learn = fit(learner(net), 5, 1e-3, cbs=PruneCallback(.4, every=4))
     assert [b.attn.num_heads*b.attn.head_dim*3 for b in learn.model.blocks] == [b.attn.qkv.out_features for b in learn.model.blocks]
     assert live(learn) == trained(learn) and count_macs(learn.model, torch.zeros(2, 1, 8, 8)) <= .4*learn.plans[0].macs
+
+# Several processes
+
+PROCESSES = '''
+    sys.path.insert(0, %r)
+    from test_prune_training import At, Callback, PruneCallback, cnn, fit, learner, macs
+    rank,size = setup()
+    class Average(Callback):
+        "Gradients of all processes, as without a wrapper"
+        run_valid = False
+        def before_step(self):
+            for p in self.model.parameters(): p.grad.copy_(summed(p.grad)/size)
+    def halves(learn):
+        learn.dls.train.dataset = [o for i,o in enumerate(learn.dls.train.dataset) if i %% size == rank]
+        learn.dls.train.items = learn.dls.train.dataset
+        learn.dls.train.n = len(learn.dls.train.dataset)
+        return learn
+''' % str(Path(__file__).parent)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('score', ['magnitude', 'taylor', 'random'])
+def test_two_processes_remove_the_same_units(tmp_path, score):
+    """Each trains on its half of the data; gradients are averaged"""
+    res = run(PROCESSES + f'''
+    learn = fit(halves(learner()), 3, 1e-2, cbs=[Average(), PruneCallback(.5, score={score!r})])
+    torch.save(dict(kept=learn.plans[0].kept, state=[p.detach() for p in learn.model.parameters()], n=len(learn.dls.train)), out/f'{{rank}}.pt')
+    ''', tmp_path, 2)
+    assert [r[0] for r in res] == [0, 0], res
+    a,b = (torch.load(tmp_path/f'{r}.pt') for r in (0, 1))
+    assert a['kept'] == b['kept'] and a['kept'] and a['n'] == b['n'] == 4
+    assert all(torch.equal(p, q) for p,q in zip(a['state'], b['state']))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what,text', [
+    ('learn = learner(cnn(rank))', 'the processes would remove different units, since their models differ'),
+    ("learn = learner(cbs=At(8, lambda l: l.model[0].weight.data.fill_(float('nan') if rank else 0.)))", "'0.weight' has values that are NaN or infinite"),
+    ('learn = learner(); learn.distributed_trainer = None', 'cannot exchange a model wrapped for several devices')])
+def test_processes_that_differ_all_end_with_an_error(tmp_path, what, text):
+    res = run(PROCESSES + f'''
+    {what}
+    fit(learn, 2, cbs=PruneCallback(.5))
+    ''', tmp_path, 2)
+    assert all(r[0] and text in r[1] for r in res), res

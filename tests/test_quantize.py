@@ -234,6 +234,13 @@ def test_dtypes(dtype):
     q = Quantizer(4).quantize(mlp(), rows()).to(dtype)
     assert q(x).dtype == dtype and q[0].weight.dtype == dtype
 
+def test_unpacked_layers_are_plain_and_can_be_quantized_again():
+    q = Quantizer({'0': 4, '*': Half()}).quantize(mlp(), rows())
+    q(rows())
+    u = unpack(q)
+    assert [{*vars(o)} - {*vars(nn.Linear(1, 1))} for o in u if isinstance(o, nn.Linear)] == [set()]*3
+    assert [type(o) for o in Quantizer(2).quantize(u) if not isinstance(o, nn.ReLU)] == [QuantLinear]*3
+
 def test_autocast():
     q,x = Quantizer(4).quantize(mlp(), rows()),rows()
     with torch.autocast('cpu', torch.bfloat16): a,b = q(x),unpack(q)(x)
@@ -632,3 +639,10 @@ assert not {'torchao', 'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules)''
 def test_compile():
     q,x = Quantizer(4).quantize(mlp(), rows()),rows()
     with torch.no_grad(): assert rel(torch.compile(q)(x), q(x)) < 1e-5
+
+def test_a_model_that_has_run_can_be_copied():
+    "What a layer keeps for speed goes into no copy"
+    m,x = Quantizer(Int(8, activations='dynamic')).quantize(mlp(), rows()),rows(8)
+    y = m(x)
+    assert torch.equal(copy.deepcopy(m)(x), y) and rel(unpack(m)(x), y) < .02
+    assert torch.equal(FC_Decomposer(.5).decompose(m)(x), y)      # its layers are packed: nothing is left to decompose, in a copy

@@ -502,7 +502,7 @@ def test_minilm(tmp_path):
 
 def a_learner():
     data = [(torch.randn(24), torch.tensor(i % 7)) for i in range(40)]
-    dls = DataLoaders.from_dsets(data, data, bs=8, device='cpu')
+    dls = DataLoaders.from_dsets(data, data, bs=8, num_workers=0, device='cpu')
     return Learner(dls, built().train(), loss_func=nn.CrossEntropyLoss())
 
 def test_learner(tmp_path):

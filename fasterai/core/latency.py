@@ -59,6 +59,8 @@ class LatencyTable:
     device: str|None = field(default=None, kw_only=True)    # where to measure, None for where each layer is
     # (in, out, rows, dtype, device) -> {rank: ms}, rank 0 for the layer itself
     times: dict = field(default_factory=dict, kw_only=True, hash=False)
+    # what a layer is -> {its widths: ms}, see `at_widths`
+    widths: dict = field(default_factory=dict, kw_only=True, hash=False, compare=False)
 
     def __post_init__(self):
         b = self.batch_size
@@ -123,6 +125,20 @@ def faster(self:LatencyTable,
 ) -> np.ndarray:            # (ranks,), bool
     "Is the pair at each rank at least 5 % faster than the layer?"
     return self.ms(layer, ranks) <= (1 - _GAIN)*self.ms(layer, [0])
+
+# %% ../../nbs/core/latency.ipynb #6324a19f
+@patch
+def at_widths(self:LatencyTable,
+    key: tuple,             # what the time depends on beside the widths: kind of the layer, rows, dtype, device …
+    make: Callable,         # make(*widths) -> a call of no arguments, to be timed
+    widths: Sequence[tuple[int,...]],
+) -> np.ndarray:            # (widths,), ms
+    "Milliseconds of what `make` gives at each of `widths`; those not known yet are measured in turn"
+    known = self.widths.setdefault(key, {})
+    if (new := [w for w in dict.fromkeys(widths) if w not in known]):
+        with agreed(), torch.inference_mode(False), torch.no_grad(): ms = _latencies([make(*w) for w in new], .02)
+        known.update(zip(new, gathered(ms)[0]))     # one process's
+    return np.array([known[w] for w in widths])
 
 # %% ../../nbs/core/latency.ipynb #66d52cb2
 @patch

@@ -159,10 +159,10 @@ def plans(self:Learner) -> list[Plan]:
     "What was done to the model, one plan for each call that compressed it; empty again after `uncompress`"
     return list(getattr(_kept(self), 'plans', ()))
 
-def _compressed(learn, model, plan):
-    "`model`, made by `plan`, in the place of that of `learn`"
+def _compressed(learn, model, *plans):
+    "`model`, made by `plans`, in the place of that of `learn`"
     first = _dense_of(learn) if _kept(learn) is not None else learn.model
-    return _swap(learn, model, _Kept(first, (*learn.plans, plan)))
+    return _swap(learn, model, _Kept(first, (*learn.plans, *plans)))
 
 @patch
 def uncompress(self:Learner) -> Learner: # itself

@@ -22,7 +22,7 @@ from .report import plot_tradeoff
 @dataclass(frozen=True, eq=False)
 class Suggestion:
     "What a search found; `plan` is the suggestion, None if no budget kept the metric"
-    # one row per size tried: ratio (the largest budget of that size), params (of the model), share of them, metric, ok
+    # one row per size tried: ratio (the largest budget of that size), size and share (of the model), metric, ok
     frame: pd.DataFrame
     dense: float                    # metric of the model before
     max_drop: float                 # allowed loss, in units of the metric
@@ -34,6 +34,21 @@ class Suggestion:
     start: str = 'dense'            # what the model was before: 'now' for one that was decomposed already
     policy: ClassVar[str] = 'budget' # what a budget is called in the title and the plot
 
+    @staticmethod
+    def size(plan: Plan) -> dict:
+        "What a row shows of the size of the model that `plan` makes; `share` is in the plot"
+        return dict(params=plan.params_after, share=plan.params_after/plan.params if plan.params else 1.)
+
+    @property
+    def label(self) -> str:
+        "The budget of the suggestion"
+        return f'{self.policy}({self.ratio:g})'
+
+    @property
+    def saved(self) -> str:
+        "What the suggestion saves"
+        return f'{self.plan.params:,} → {self.plan.params_after:,} parameters ({self.size(self.plan)["share"] - 1:+.1%})'
+
     @property
     def value(self) -> float|None:
         "Metric of the suggestion"
@@ -43,31 +58,28 @@ class Suggestion:
     def title(self) -> str:
         "The suggestion in one line"
         if self.plan is None: return f'no budget keeps {self.metric} within {self.max_drop:g} of {self.dense:.4g}'
-        return (f'{self.policy}({self.ratio:g}): {self.metric} {self.value:.4g} ({self.start} {self.dense:.4g}), '
-                f'{self.plan.params:,} → {self.plan.params_after:,} parameters ({_share(self.plan) - 1:+.1%})')
+        return f'{self.label}: {self.metric} {self.value:.4g} ({self.start} {self.dense:.4g}), {self.saved}'
 
     def plot(self, ax: plt.Axes|None = None) -> plt.Axes:
-        "Metric against the share of parameters kept, with the model before and the limit as lines"
+        "Metric against the share of the model that is kept, with the model before and the limit as lines"
         limit = self.dense - self.max_drop if self.higher_is_better else self.dense + self.max_drop
         frame = self.frame.rename(columns={'metric': self.metric})
         ax = plot_tradeoff(frame, x='share', y=self.metric, log=True, ax=ax)
         for v,k,style in ((self.dense, self.start, '--'), (limit, 'limit', ':')):
             ax.axhline(v, color='gray', ls=style, label=f'{k}: {v:.4g}')
-        if self.plan is not None: ax.plot(_share(self.plan), self.value, 'o', color='red', label=f'{self.policy}({self.ratio:g})')
+        if self.plan is not None: ax.plot(self.size(self.plan)['share'], self.value, 'o', color='red', label=self.label)
         ax.legend()
         return ax
 
-    _fmt = dict(index=False, formatters=dict(share='{:.1%}'.format, params='{:,}'.format, metric='{:.4g}'.format))
+    _fmt = dict(index=False, formatters=dict(share='{:.1%}'.format, params='{:,}'.format, bytes='{:,}'.format, metric='{:.4g}'.format))
     def __repr__(self): return '\n'.join([self.title, self.frame.to_string(**self._fmt), self.stopped]).rstrip()
     def _repr_html_(self): return f'<p>{self.title}</p>{self.frame.to_html(**self._fmt, border=0)}<p>{self.stopped}</p>'
-
-def _share(plan): return plan.params_after/plan.params if plan.params else 1.
 
 # %% ../../nbs/core/search.ipynb #5ea7c408
 class _Sweep:
     "Budgets tried on one set of prices"
-    def __init__(self, model, planned, evaluate, good, size):
-        self.model,self.planned,self.evaluate,self.good,self.size = model,planned,evaluate,good,size
+    def __init__(self, model, planned, evaluate, good, size, shown):
+        self.model,self.planned,self.evaluate,self.good,self.size,self.shown = model,planned,evaluate,good,size,shown
         self.rows,self.tried = {},{}    # size -> row, ratio -> row
 
     def __call__(self, ratio):
@@ -76,7 +88,7 @@ class _Sweep:
         if (plan := self.planned(ratio)) is None: return None
         if (size := self.size(plan)) not in self.rows:
             value = float(self.evaluate(plan.apply(self.model)))
-            self.rows[size] = dict(ratio=ratio, params=plan.params_after, share=_share(plan), metric=value, ok=self.good(value))
+            self.rows[size] = dict(ratio=ratio) | self.shown(plan) | dict(metric=value, ok=self.good(value))
         self.tried[ratio] = self.rows[size]
         return self.rows[size]
 
@@ -106,8 +118,9 @@ def _search(sweep, ratios, refine, verb, tight):
 
 def _smaller(sweep, ratio, tight):
     "What to say where the smallest budget kept the metric"
-    size = sweep.tried[ratio]['params']
-    more = [r for f in (.7, .5, .3, .2, .1) if (p := sweep.planned(r := float(f'{f*ratio:.2g}'))) is not None and p.params_after < size]
+    share = sweep.tried[ratio]['share']
+    more = [r for f in (.7, .5, .3, .2, .1) if (p := sweep.planned(r := float(f'{f*ratio:.2g}'))) is not None
+            and sweep.shown(p)['share'] < share]
     if more: return f'All budgets tried kept it; smaller ones are possible: ratios=({", ".join(f"{r:g}" for r in more)},).'
     return f'All budgets tried kept it; the next smaller one is too small for these layers{tight(ratio*.7)}'
 
@@ -161,9 +174,9 @@ def find(
     "The smallest budget at which `evaluate` loses no more than `max_drop`, and the curve"
     def good(v): return v >= dense - max_drop - 1e-9 if higher_is_better else v <= dense + max_drop + 1e-9
     _check_units(max_drop, dense, metric)
-    sweep = _Sweep(model, planned, evaluate, good, size)
+    sweep = _Sweep(model, planned, evaluate, good, size, kind.size)
     best,why = _search(sweep, ratios, refine, verb, tight)
     if not sweep.rows: raise ValueError(f'the largest budget, {max(ratios):g}, is too small for these layers{tight(max(ratios))}')
-    frame = pd.DataFrame(sorted(sweep.rows.values(), key=lambda o: -o['ratio']), columns='ratio params share metric ok'.split())
+    frame = pd.DataFrame(sorted(sweep.rows.values(), key=lambda o: -o['ratio']))
     ratio = None if best is None else best['ratio']
     return kind(frame, dense, max_drop, metric, higher_is_better, ratio, None if best is None else planned(ratio), why, start)

@@ -20,6 +20,7 @@ from .folders import _atomic_folder, _copy, _others, _target
 from .modules import _warn_user, count_params
 from .names import _build, _emptied, _from_config, _groups, _loaded, _Match
 from .plan import Plan, _kinds
+from .zeros import pack_zeros, whole_tensors
 
 # %% ../../nbs/core/store.ipynb #af8f8149
 _NAME,_TYPE,_VERSION,_FILE = 'plans.json','fasterai.Plans',1,'model.safetensors'
@@ -35,7 +36,8 @@ def _store_of(
 def _lean(plan):
     "`plan` without what only new choices would need"
     def emptied(o, **new): return replace(o, **{f.name: new[f.name] for f in fields(o) if f.name in new}) if is_dataclass(o) else o
-    return emptied(plan, bases={}, rounded={}, layers=tuple(emptied(o, spectrum=None, errors=None) for o in plan.layers))
+    rows = tuple(emptied(o, spectrum=None, errors=None, mask='') for o in plan.layers)
+    return emptied(plan, bases={}, rounded={}, solved={}, layers=rows)
 
 def _chain(
     plans: 'Plan|Iterable[Plan]',
@@ -114,7 +116,8 @@ def _written(model, out, plans, weights, source, copy):
     "Fill the folder `out`"
     _copy(source, copy, out)
     _configs(model, out)
-    save_file(weights, out/_FILE, {'format': 'pt'})
+    stored,meta = pack_zeros(weights) if any(getattr(p, 'zeros', 0) for p in plans) else (weights, {})    # of a SparsityPlan
+    save_file(stored, out/_FILE, {'format': 'pt'} | meta)
     names = sorted(f.relative_to(out).as_posix() for f in out.rglob('*'))
     head = dict(type=_TYPE, version=_VERSION, plans=[json.loads(_lean(p).to_json()) for p in plans], tensors=_dtypes(weights),
                 buffers=_dtypes(_unsaved(model)), files=names)
@@ -214,7 +217,7 @@ def load_compressed(
         f'the folder comes first: load_compressed(folder, model). Got {type(folder).__name__} as folder.')
     folder = _store_of(folder) or Path(folder)
     plans,tensors,buffers = _stored_plans(folder)
-    ck = _open(folder/_FILE)
+    ck = whole_tensors(_open(folder/_FILE))
     _check_file(ck, tensors)
     if model is None and isinstance(model := _from_config(folder), str):
         raise ValueError(f'{model}. Pass a function that builds the dense model: load_compressed(folder, model).')

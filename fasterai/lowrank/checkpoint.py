@@ -6,7 +6,7 @@
 __all__ = ['decompose_checkpoint', 'load_decomposed']
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #f4bab6f3
-import os, re, shutil
+import os, shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 import torch
@@ -17,57 +17,27 @@ from ..core.distributed import agreed, balanced, gathered, shared, world
 from ..core.files import _open, _quoted
 from ..core.calibrate import Calibration
 from ..core.folders import _others
-from ..core.modules import _FLOATS, _warn_user, count_params, find_linears
-from ..core.names import _build, _check_match, _emptied, _from_config, _from_names, _is_packed, _key, _loaded, _matched, _renamer
+from ..core.modules import _warn_user, find_linears
+from ..core.names import _build, _emptied, _from_config, _key, _loaded, _matched, _renamer
 from ..core.store import _store_of, load_compressed
 from .decide import _check_round_to, _decide, _left_out, _notes, _row_of, _warn
 from .plan import DecompositionPlan
 from .solve import _check_finite, _spectrum
 from .ranks import RankRatio, mk_policy
-from .shards import _finish, _holding, _Look, _Meter, _PLAN, _pieces, _Run, _svd_cost, _write_shard, _written_to
+from ..core.stream import _architecture, _finish, _Meter, _PLAN, _Run, _stored_layers, _write_shard, _written_to
+from .shards import _holding, _Look, _pieces, _svd_cost
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #0c807de0
-_BUFFERS = re.compile(r'(^|\.)(running_mean|running_var|num_batches_tracked|inv_freq)$')     # names that say: not a parameter
-
-def _architecture(model, ck, layers):
-    "The model that says what may be decomposed, what its tensors are in the checkpoint, and the number of its parameters"
-    if model is None and not isinstance(why := _from_config(ck.path), str): model = why
-    if model is not None:
-        net = _build(model)
-        seen = _matched(net.state_dict(), ck, _renamer(net, ck.tensors), net)
-        _check_match(net, seen, packed=True)
-        return net, seen, count_params(net)
-    if layers is not None:
-        net = _from_names(ck.tensors, layers)
-        params = sum(t.numel for k,t in ck.tensors.items() if t.torch_dtype in _FLOATS and not _BUFFERS.search(k))
-        return net, _matched(ck.tensors, ck, lambda k: (k, None, None), net), params
-    some = [k[:-7] for k,t in ck.tensors.items() if k.endswith('.weight') and len(t.shape) == 2][:3]
-    raise ValueError(f'{ck.path} does not say which of its matrices are fully-connected layers: {why}. Pass model=, a function that builds the model, '
-                     f'or layers=, names such as {", ".join(map(repr, some))} or wildcards.')
-
 def _sites(model, seen, types):
     "Layers of `model`, what they are called in the checkpoint, and reasons why some stay as they are there"
-    sites,keys,why = find_linears(model, types=types),{},{}
-    for s in (s for s in sites if s.reason is None):
-        if (n := next((n for n in s.names if n in seen.packed), None)) is not None: why[s.name] = _is_packed(seen.packed[n])
-        else: keys[s.name] = [_stored_as(n, seen) for n in s.names if _key(n, 'weight') in seen.shapes]
-        if None in keys.get(s.name, ()):
-            del keys[s.name]
-            why[s.name] = 'the file stores it in another form, which transformers converts when it loads the model'
-    return sites,keys,why
-
-def _stored_as(n, seen):
-    "What layer `n` is called in the checkpoint, None where not all of it lies there as it is in the model"
-    have = [seen.direct.get(_key(n, o)) for o in ('weight', 'bias') if _key(n, o) in seen.shapes]
-    names = {t and t.name.rpartition('.')[::2] for t in have}
-    layer = next(iter(names))[0] if None not in names else None
-    return layer if names <= {(layer, 'weight'), (layer, 'bias')} and layer is not None else None
+    sites = find_linears(model, types=types)
+    return sites, *_stored_layers(sites, seen)
 
 # %% ../../nbs/lowrank/checkpoint.ipynb #b69fc8ef
 def _look(sites, stored, run, spectra, device):
     "Look at all layers, each rank at its share: name -> what was seen"
     rank,size = world()
-    with agreed(): old = run.looks() if rank == 0 else None
+    with agreed(): old = [_Look(n, zero, spec and tuple(spec)) for n,zero,spec in run.notes()] if rank == 0 else None
     seen = {o.name: o for o in shared(old, 0) if o.spectrum is not None or not spectra}
     todo,new = [s for s in sites if s.name not in seen],[]
     owner = balanced([_svd_cost(s) if spectra else stored[s.name].nbytes for s in todo], size)
@@ -78,7 +48,7 @@ def _look(sites, stored, run, spectra, device):
             zero = _check_finite(full)
             new.append(_Look(s.name, zero, _spectrum(full) if spectra else None))
             del full
-            run.note(new[-1], rank)
+            run.note([new[-1].name, new[-1].zero, new[-1].spectrum], rank)
             meter.step()
     return seen | {o.name: o for part in gathered(new) for o in part}
 

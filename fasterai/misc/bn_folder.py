@@ -31,12 +31,12 @@ def _shapes(model) -> Iterator[tuple[int,...]]:
     for cfg in (getattr(model, 'pretrained_cfg', None), getattr(model, 'default_cfg', None)):
         if isinstance(cfg, Mapping) and cfg.get('input_size'): yield 2, *cfg['input_size']
     for m in model.modules():
-        if isinstance(m, _ConvNd):
-            d,c = m.weight.ndim - 2,m.in_channels
+        if isinstance(m, _ConvNd) or hasattr(m, 'in_channels') and hasattr(m, 'kernel_size'):       # the second: packed ones
+            d,c = len(m.kernel_size),m.in_channels
             yield from ((2, c, *[s]*d) for s in ((16, 64, 32) if d == 3 else (224, 64, 299, 32, 1)))
             return
-        if isinstance(m, (nn.Linear, nn.BatchNorm1d)):
-            yield 2, m.in_features if isinstance(m, nn.Linear) else m.num_features
+        if isinstance(m, nn.BatchNorm1d) or hasattr(m, 'in_features'):
+            yield 2, m.num_features if isinstance(m, nn.BatchNorm1d) else m.in_features
             return
 
 def find_input(

@@ -72,7 +72,13 @@ class Costs:
         for g,n in self.extra: extra[g] += n
         return *cols, out, inp, extra
 
-    def _gone(self, kept): return np.array([n - kept.get(g, n) for g,n in zip(self.groups, self.units)], float)
+    def sizes(self,
+        kept: Mapping[str,int],     # name of a group -> number of units that stay; groups that are not named stay whole
+    ) -> tuple[np.ndarray,np.ndarray,np.ndarray]:   # outputs and inputs of each of `layers`, and how many units of each group go
+        "Widths of the layers"
+        n,m,*_,out,inp,_ = self._arrays
+        gone = np.array([n - kept.get(g, n) for g,n in zip(self.groups, self.units)], float)
+        return n - out@gone, m - inp@gone, gone
 
 # %% ../../nbs/prune/cost.ipynb #7f5954f7
 @patch
@@ -81,8 +87,7 @@ def at(self:Costs,
 ) -> tuple[int,int]:            # parameters and MACs
     "Costs of the whole model"
     n,m,per,bias,mac,out,inp,extra = self._arrays
-    gone = self._gone(kept)
-    o,i = n - out@gone,m - inp@gone
+    o,i,gone = self.sizes(kept)
     lost = n*m - o*i
     return self.params - round(float(per@lost + bias@(out@gone))), self.macs - round(float(mac@lost + extra@gone))
 
@@ -91,9 +96,8 @@ def unit(self:Costs,
     kept: Mapping[str,int],     # as above
 ) -> np.ndarray:                # (groups, 2)
     "Parameters and MACs that one more unit of each group takes away"
-    n,m,per,bias,mac,out,inp,extra = self._arrays
-    gone = self._gone(kept)
-    o,i = n - out@gone,m - inp@gone
+    _,_,per,bias,mac,out,inp,extra = self._arrays
+    o,i,_ = self.sizes(kept)
     lost = out*i[:, None] + inp*o[:, None] - out*inp
     return np.stack([per@lost + bias@out, mac@lost + extra], 1)
 

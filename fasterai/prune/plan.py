@@ -7,11 +7,10 @@ __all__ = ['GroupPlan', 'row_of', 'PruningPlan']
 
 # %% ../../nbs/prune/plan.ipynb #e77e54c4
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
-import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.modules import count_params
@@ -20,7 +19,8 @@ from .cost import Costs
 from .compensate import compensate
 from .slicing import _where, _width, parameter_dim, slice_units
 from .units import Group, Member
-from .widths import Cost, allowed, check_steps, fit_widths
+from .timing import Times
+from .widths import _CALLED, Cost, allowed, check_steps, fit_widths
 
 # %% ../../nbs/prune/plan.ipynb #ebea10c8
 def _packed(index):
@@ -132,6 +132,7 @@ class PruningPlan(Plan):
     round_to: int = 1                   # widths in multiples of this
     min_keep: int = 1                   # units that stay at least
     table: Mapping = field(default_factory=dict, repr=False)    # fields of `Costs`
+    timing: Mapping = field(default_factory=dict, repr=False)   # those of `Times` beside it, where cost='time'
     compensate: bool = False            # are the layers that read pruned units solved again? needs data
     renorm: bool = True                 # and batch norms re-estimated?
     data: Any = field(default=None, compare=False, repr=False)  # what it was made with, for `apply`; not saved
@@ -140,11 +141,17 @@ class PruningPlan(Plan):
     columns = dict(group='str', units='int64', kept='int64', kind='str', writers='str', readers='str', params='Int64', params_after='Int64',
                    macs='Int64', macs_after='Int64', error='float64', reason='str')
 
-    def __post_init__(self): object.__setattr__(self, 'table', _tupled(dict(self.table)))
+    def __post_init__(self):
+        for k in 'table','timing': object.__setattr__(self, k, _tupled(dict(getattr(self, k))))
     @cached_property
     def costs(self) -> Costs:
         "Of the model, as a function of how many units stay"
         return Costs(**self.table)
+    @cached_property
+    def times(self) -> Times:
+        "Of the model, likewise"
+        if not self.timing: raise ValueError('the plan has no times: make it with Pruner(cost=LatencyTable(batch_size)).')
+        return Times(self.costs, **self.timing)
     @property
     def kept(self) -> dict[str,tuple[int,...]]:
         "Name of each group that shrinks -> units that stay"
@@ -240,7 +247,7 @@ def _per(row):
 def replan(self:PruningPlan,
     budget: float,              # share of the cost that stays, in (0, 1]
     *,
-    cost: Cost|None = None,     # 'macs' or 'params'; None for that of this plan
+    cost: Cost|None = None,     # 'macs', 'params', or 'time' where it was measured; None for that of this plan
     round_to: int|None = None,  # widths in multiples of this; None for that of this plan
     min_keep: int|None = None,  # units that stay at least; None for that of this plan
 ) -> PruningPlan:               # a new plan; this one is left unchanged
@@ -252,11 +259,12 @@ def replan(self:PruningPlan,
     def least(o): return max(min_keep, o.units - len(o.order))
     widths = {n: allowed(o.units, _per(o), round_to=1 if o.kind == 'heads' else round_to, min_keep=least(o)) for n,o in rows.items()}
     errors = {n: (*o.errors, *[o.errors[-1]]*(o.units - len(o.order))) for n,o in rows.items()}
-    counts = fit_widths(self.costs, errors, budget, cost=cost, widths=widths)
+    counts = fit_widths(self.times if cost == 'time' else self.costs, errors, budget, cost=cost, widths=widths)
+    note = f'{self.times.at({})[0]:.3g} → {self.times.at(counts)[0]:.3g} ms by the table' if cost == 'time' else ''
     def f(o):
         if o.name not in counts: return o
         n = counts[o.name]
         stuck = f'no smaller multiple of {round_to}' if len(widths[o.name]) == 1 < o.units else 'all kept by the budget'
         return _decided(o, n, self.costs, stuck if n == o.units else '')
-    policy = f'{budget:g} of the {"MACs" if cost == "macs" else "parameters"}'
-    return replace(self, layers=tuple(map(f, self.layers)), policy=policy, cost=cost, round_to=round_to, min_keep=min_keep)
+    return replace(self, layers=tuple(map(f, self.layers)), policy=f'{budget:g} of the {_CALLED[cost]}', cost=cost, round_to=round_to,
+                   min_keep=min_keep, note=note)

@@ -17,7 +17,7 @@ from torch import nn
 from ..core.batches import _rng_kept
 from ..core.check import _FAILS, _differs, _numbers, first_batch
 from ..core.surgery import copy_with
-from .slicing import _where, parameter_dim, sliced
+from .slicing import _where, sliced
 from .units import Group
 
 # %% ../../nbs/prune/prove.ipynb #e583af26

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _short, left_as_found
 from ..core.check import _numbers, first_batch
+from ..core.latency import LatencyTable
 from ..core.modules import select
 from ..core.surgery import _warn_user
 from .cost import count_macs, measure_costs
@@ -24,16 +25,22 @@ from .plan import PruningPlan, row_of
 from .prices import price_units
 from .scores import curve, score_units
 from .speed import fit_latency
+from .timing import measure_times
 from .widths import Unreachable, check_budget, check_steps
 
 # %% ../../nbs/prune/pruner.ipynb #4022ae11
+def _counted_as(cost):
+    "What is counted while widths are chosen"
+    return 'time' if isinstance(cost, LatencyTable) else 'macs' if cost == 'latency' else cost
+
 class Pruner:
     "Remove channels, neurons and attention heads of a model"
     def __init__(self,
         budget: float = 0.5,                    # share of `cost` that stays, in (0, 1]
         *,
-        # what the budget counts, of the whole model: multiply-accumulates, parameters, or the time of a batch as measured here
-        cost: Literal['macs','params','latency'] = 'macs',
+        # what the budget counts, of the whole model: multiply-accumulates, parameters, or time: that of copies as they are measured
+        # ('latency'), or that of layers at their widths by a table, which takes the units where they save most of it
+        cost: "Literal['macs','params','latency']|LatencyTable" = 'macs',
         # which units go first: 'obs', those that the others replace best, and 'taylor' look at data; 'magnitude' and 'random' do not
         score: Literal['obs','magnitude','taylor','random'] = 'obs',
         compensate: bool = True,                # solve the layers that read them again, by least squares?
@@ -44,7 +51,9 @@ class Pruner:
         round_to: int = 1,                      # layers get multiples of this many channels or neurons
         min_keep: int = 1,                      # units of a group that stay at least
     ):
-        check_budget(budget, 'macs' if cost == 'latency' else cost)
+        if not isinstance(cost, LatencyTable) and cost not in ('macs','params','latency'):
+            raise ValueError(f"cost must be 'macs', 'params', 'latency' or a LatencyTable, got {_short(cost)}.")
+        check_budget(budget, _counted_as(cost))
         check_steps(round_to=round_to, min_keep=min_keep)
         if score not in ('obs','magnitude','taylor','random'):
             raise ValueError(f"score must be 'obs', 'magnitude', 'taylor' or 'random', got {_short(score)}.")
@@ -54,7 +63,8 @@ class Pruner:
 
     def __repr__(self):
         usual = dict(cost='macs', score='obs', compensate=True, renorm=True, heads=True, layers=None, exclude=None, round_to=1, min_keep=1)
-        opts = ''.join(f', {k}={getattr(self, k)!r}' for k,v in usual.items() if getattr(self, k) != v)
+        def shown(v): return str(v) if isinstance(v, LatencyTable) else repr(v)      # not its times
+        opts = ''.join(f', {k}={shown(getattr(self, k))}' for k,v in usual.items() if getattr(self, k) != v)
         return f'Pruner({self.budget!r}{opts})'
 
 # %% ../../nbs/prune/pruner.ipynb #10afa8e5
@@ -90,6 +100,11 @@ def _rows(self, model, example, data, n_batches, loss, groups=None):
     return tuple(map(row, groups)), costs
 
 # %% ../../nbs/prune/pruner.ipynb #556d0a84
+def _timing(cost, model, example, costs):
+    if not isinstance(cost, LatencyTable): return {}
+    times = measure_times(model, example, costs, cost)
+    return dict(rest=times.rest, tables=times.tables)
+
 def _whys(rows): return '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in rows[:3]) + '; …'*(len(rows) > 3)
 
 def _fitted(whole, p, model, example, batch):
@@ -106,10 +121,10 @@ def _fitted(whole, p, model, example, batch):
     return plan
 
 def _counted(whole, p, model, example):
-    budget,limit = p.budget,p.budget*getattr(whole, p.cost)
+    budget,limit = p.budget,p.budget*whole.macs
     while True:
         plan = whole.replan(budget)
-        if p.cost == 'params' or (n := count_macs(plan.apply(model), example)) <= limit: return plan
+        if whole.cost != 'macs' or (n := count_macs(plan.apply(model), example)) <= limit: return plan
         budget *= .999*limit/n      # the formula missed something
 
 def _check_runs(model, small, example):
@@ -143,8 +158,9 @@ def plan(self:Pruner,
         _warn_user('without data the layers that read the pruned units are not solved again, and the model needs training: '
                    'pass data= as well.')
     rows,costs = _rows(self, model, example, data, n_batches, loss)
-    cost = 'params' if self.cost == 'params' else 'macs'
-    whole = PruningPlan(rows, params=costs.params, cost=cost, round_to=self.round_to, min_keep=self.min_keep, table=asdict(costs))
+    timing = _timing(self.cost, model, example, costs)
+    whole = PruningPlan(rows, params=costs.params, cost=_counted_as(self.cost), round_to=self.round_to, min_keep=self.min_keep,
+                        table=asdict(costs), timing=timing)
     plan = _fitted(whole, self, model, example, batch)
     how = dict(compensate=True, renorm=self.renorm, data=data, n_batches=n_batches) if self.compensate and data is not None else {}
     return replace(plan, policy=f'{self!r}', **how)

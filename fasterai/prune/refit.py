@@ -193,7 +193,8 @@ def refit_layers(
     everywhere = set.intersection(*map(set, gathered([*look.order])))       # a layer that one process does not reach stays as it is
     sums = set.intersection(*map(set, gathered(sorted(look.added_to & here.keys() - norms.keys()))))
     wide = {n: here[n].module.weight[:1].numel() if isinstance(here[n], ConvSite) else here[n].in_features for n in here}
-    names = [n for n in there if n in everywhere and n in here and (n in norms or n in sums) and wide[n] <= _WIDEST]
+    def refits(n): return n in norms or n in sums or isinstance(here[n], ConvSite)
+    names = [n for n in there if n in everywhere and n in here and refits(n) and wide[n] <= _WIDEST]
     names = gathered(sorted(names, key=[*look.order].index))[0]     # in the order of the first process
     rows = {n: min(look.count[n], max(_ROWS, _PER*wide[n])) for n in names}
     share = {n: rows[n]/look.count[n] for n in names}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from ..core.surgery import copy_with
 from ..core.walk import _is_conv1d
-from .attention import Heads, find_heads, recount
+from .attention import find_heads, recount
 from .units import Group, check_kept
 
 # %% ../../nbs/prune/slicing.ipynb #d032548f

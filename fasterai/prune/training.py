@@ -13,13 +13,13 @@ from copy import copy
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Literal
-import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import SchedCos
 from fastai.torch_core import join_path_file
 from fastcore.basics import patch
 from ..core.batches import _short
+from ..core.distributed import gathered
 from ..core.learner import _Kept, _dense_of, _kept, _running, _swap
 from ..core.modules import count_params
 from .cost import count_macs
@@ -87,6 +87,7 @@ class PruneCallback(Callback):
         min_keep: int = 1,                      # units of a group that stay at least
         fname: str|None = None,                 # write the plan after each epoch, to `{fname}_{epoch}.json` beside the checkpoints?
     ):
+        if cost not in ('macs','params'): raise ValueError(f"cost must be 'macs' or 'params' while a model trains, got {_short(cost)}.")
         self.pruner = Pruner(budget, cost=cost, score=score, compensate=False, heads=heads, layers=layers, exclude=exclude,
                              round_to=round_to, min_keep=min_keep)
         self.schedule = SchedCos(1., budget) if schedule is None else schedule
@@ -172,6 +173,13 @@ def _planned(self:PruneCallback, share, whole):
     return _fitted(whole(), p, self.model, self._example, self._example)
 
 # %% ../../nbs/prune/training.ipynb #ab83911f
+def _agreed_on(plan):
+    "`plan`, where all processes would remove the same units"
+    if any(o != (plan and plan.kept) for o in gathered(plan and plan.kept)):
+        raise RuntimeError('the processes would remove different units, since their models differ: average the gradients in each step, '
+                           'and begin with the same weights.')
+    return plan
+
 def _validates(learn):
     "Does the event come from `validate` or `get_preds`, which fastai begins and ends like a fit?"
     return _running(learn, '__enter__') or _running(learn, '__exit__')
@@ -213,9 +221,10 @@ def before_batch(self:PruneCallback):
     if not 0 < share <= 1: raise ValueError(f'the schedule gives {share:g} at progress {at:.2f}: the share that stays must be in (0, 1].')
     if self.model is not self._now: raise RuntimeError('something else replaced the model in this fit, so PruneCallback cannot go on.')
     bad = next((n for n,p in self.model.named_parameters() if p.is_floating_point() and not p.isfinite().all()), None)
+    bad = next(filter(None, gathered(bad)), None)       # that of another process ends this one too
     if bad is not None:
         raise ValueError(f'{bad!r} has values that are NaN or infinite, so its units cannot be compared. Is the learning rate too high?')
-    if (plan := self._planned(share, lambda: self._whole(self.pruner.score))) is not None:
+    if (plan := _agreed_on(self._planned(share, lambda: self._whole(self.pruner.score)))) is not None:
         self._exchange(plan)
         self.steps.append(PruneStep(self.epoch, it, share, self._cost()/self._full))
 

@@ -14,16 +14,18 @@ from ..core.batches import _short
 from .cost import Costs
 
 # %% ../../nbs/prune/widths.ipynb #625e5445
-Cost = Literal['macs','params']
+Cost = Literal['macs','params','time']
+
+_CALLED = dict(macs='MACs', params='parameters', time='time')
 
 def check_budget(
     budget: float,
     cost: Cost,
 ):
     "Raise for what is no share, or no cost"
-    if cost not in ('macs','params'): raise ValueError(f"cost must be 'macs' or 'params', got {_short(cost)}.")
+    if cost not in _CALLED: raise ValueError(f"cost must be 'macs' or 'params', got {_short(cost)}.")
     if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget <= 1:
-        half = ' To keep half of the ' + ('MACs' if cost == 'macs' else 'parameters') + ' pass 0.5.'
+        half = f' To keep half of the {_CALLED[cost]} pass 0.5.'
         raise ValueError(f'budget must be in (0, 1], got {_short(budget)}.{half}')
 
 def check_steps(
@@ -58,7 +60,7 @@ def _steps(err, at, ok):
 
 # %% ../../nbs/prune/widths.ipynb #d9e658ee
 def fit_widths(
-    costs: Costs,
+    costs: 'Costs|Times',   # `Times` for 'time'
     errors: Mapping[str,Sequence[float]],   # name of a group -> error without 0, 1, 2, … units, in a unit that adds up; others stay whole
     budget: float,                          # share of the cost of the whole model, in (0, 1]
     *,
@@ -67,19 +69,17 @@ def fit_widths(
 ) -> dict[str,int]:                         # name of a group -> number of units that stay
     "Widths of small total error whose cost is within the budget; raises `Unreachable` where none are"
     check_budget(budget, cost)
-    which,names,col = ('params','macs').index(cost),[*errors],{g: j for j,g in enumerate(costs.groups)}
+    which,names,col = 1 if cost == 'macs' else 0,[*errors],{g: j for j,g in enumerate(costs.groups)}
     errs = {g: np.asarray(errors[g], float) for g in names}
     ok = {g: sorted((widths or {}).get(g) or range(1, len(errs[g]))) for g in names}
     total = costs.at({})[which]
     def spent(kept): return costs.at(kept)[which]
     kept,limit = {g: len(errs[g])-1 for g in names},budget*total
     if (least := spent({g: ok[g][0] for g in names})) > limit:
-        raise Unreachable(f'budget={budget:g} cannot be reached: the smallest widths leave {least/total:.2g} of the {_called(cost)}.')
+        raise Unreachable(f'budget={budget:g} cannot be reached: the smallest widths leave {least/total:.2g} of the {_CALLED[cost]}.')
     _shrink(kept, errs, ok, col, lambda k: costs.unit(k)[:, which], lambda k: spent(k) > limit)
     _grow(kept, errs, ok, lambda k: spent(k), limit)
     return kept
-
-def _called(cost): return 'MACs' if cost == 'macs' else 'parameters'
 
 # %% ../../nbs/prune/widths.ipynb #6e2092ee
 def _shrink(kept, errs, ok, col, unit, too_much):

@@ -12,18 +12,29 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..core.batches import _short
-from ..core.learner import _check_now, _compressed
+from ..core.learner import _check_now, _compressed, _direction, _metric_index, _running, _with_model
 from ..core.modules import _warn_user
 from .plan import QuantizationPlan
 from .quantizer import Quantizer
+from .search import BitSuggestion, bit_find as _bit_find
 
 # %% ../../nbs/quantize/learner.ipynb #2966ac75
+def _given(plan, others):
+    "`plan`, or that of a suggestion, checked"
+    if isinstance(plan, BitSuggestion):
+        if plan.plan is None: raise ValueError('the search found no format that keeps the metric: allow a larger max_drop.')
+        plan = plan.plan
+    if not isinstance(plan, QuantizationPlan):
+        raise TypeError(f'plan must be a QuantizationPlan, such as Quantizer(8).plan makes, got {_short(plan)}.')
+    if others: raise ValueError(f'plan= is given, which has decided about each layer: leave out {", ".join(others)}.')
+    return plan
+
 @patch
 @delegates(Quantizer)
 def quantize(self:Learner,
     bits: Any = 8,                              # 8 to 2, a format, {name: bits or None}, or a policy: see `Quantizer`
     *,
-    plan: QuantizationPlan|None = None,         # made by `Quantizer.plan`, in place of the other arguments
+    plan: 'QuantizationPlan|BitSuggestion|None' = None,     # or what `bit_find` returns, in place of the other arguments
     data=None,                                  # what it is calibrated on; None for the training set of `dls`
     n_batches: int|None = 32,                   # batches to calibrate on, None for all
     loss: Callable|None = None,                 # of a budget: loss(output, *targets) that weighs errors; None for the output itself
@@ -31,10 +42,7 @@ def quantize(self:Learner,
 ) -> Learner:                                   # itself
     "Replace the model by its quantized copy and drop the optimizer; `learn.plans` shows what was done, `learn.uncompress()` goes back"
     _check_now(self, 'quantize')
-    if plan is not None and not isinstance(plan, QuantizationPlan):
-        raise TypeError(f'plan must be a QuantizationPlan, such as Quantizer(8).plan makes, got {_short(plan)}.')
-    if plan is not None and (bits != 8 or kwargs):
-        raise ValueError(f'plan= is given, which has decided about each layer: leave out {", ".join(["bits"]*(bits != 8) + [*kwargs])}.')
+    if plan is not None: plan = _given(plan, ['bits']*(bits != 8) + [*kwargs])
     data = self.dls if data is None else data
     if plan is None: plan = Quantizer(bits, **kwargs).plan(self.model, data, n_batches=n_batches, loss=loss)
     if not plan.replaced:
@@ -43,3 +51,28 @@ def quantize(self:Learner,
         return self
     fresh = all(o.name in plan.rounded for o in plan.replaced if o.calibrated)
     return _compressed(self, plan.apply(self.model, data=None if fresh else data, n_batches=n_batches), plan)
+
+# %% ../../nbs/quantize/learner.ipynb #531ede33
+@patch
+@delegates(_bit_find)
+def bit_find(self:Learner,
+    max_drop: float = 0.01,                 # loss that is still good, in units of the metric: 0.01 is one point of accuracy
+    *,
+    metric: 'str|Callable|None' = None,     # name or function of one of the Learner's metrics; None for the first, or the loss
+    higher_is_better: bool|None = None,     # None: known for the metrics of fastai
+    data=None,                              # what it is calibrated on; None for the training set of `dls`
+    show_plot: bool = True,
+    n_batches: int|None = 32,               # batches to calibrate on, None for all
+    **kwargs
+) -> BitSuggestion:                         # `learn.quantize(plan=…)` applies it
+    "The fewest bytes that keep the metric on the whole validation set, and the curve; the Learner is left unchanged"
+    if _running(self, 'fit') or self.lock.locked():
+        raise RuntimeError('learn.bit_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
+                           'call it afterwards.')
+    i,name = _metric_index(self, metric)
+    def evaluate(m):
+        with _with_model(self, m), self.no_bar(): return self.validate()[i]
+    res = _bit_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, metric=name, n_batches=n_batches,
+                    higher_is_better=_direction(name, higher_is_better), **kwargs)
+    if show_plot: res.plot()
+    return res

@@ -33,7 +33,7 @@ def unpack_codes(
     "The codes that were packed"
     if bits == 8: return p
     per,size = _sizes(bits)
-    if size == 1: return torch.stack([p >> bits*i & (2**bits - 1) for i in range(per)], -1).flatten(-2)
+    if size == 1 and not torch.compiler.is_compiling(): return torch.stack([p >> bits*i & (2**bits - 1) for i in range(per)], -1).flatten(-2)
     p = p.unflatten(-1, (-1, size)).to(torch.int64 if per*bits > 31 else torch.int32)
     word = sum(p[...,j] << 8*j for j in range(size))
     return torch.stack([(word >> bits*i & (2**bits - 1)).to(torch.uint8) for i in range(per)], -1).flatten(-2)

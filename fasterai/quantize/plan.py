@@ -181,7 +181,7 @@ def _codes(self:QuantizationPlan, sites, moments):
         row,has = self[n],self.rounded.get(n)
         if not isinstance(row.format, Int) or s.module.weight.is_meta: yield s, None; continue
         if has is not None and moments is None and _same(has['mark'], _mark(s)): yield s, has; continue
-        if (o := (moments or {}).get(n)) is None and row.calibrated and row.format.bits < 8: lost.append(n)
+        if (o := (moments or {}).get(n)) is None and (row.calibrated or row.rounding == 'trained') and row.format.bits < 8: lost.append(n)
         yield s, Pricer(s, o, rounding=row.rounding or 'auto')(row.format).codes
     if lost: _warn_user(f'{len(lost)} layers ({", ".join(lost[:3])}) are rounded to nearest: the plan came from a file, or their weights '
                         'have changed since. Pass plan.apply(model, data=…) to round them as planned.')

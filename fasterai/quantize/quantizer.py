@@ -8,8 +8,8 @@ __all__ = ['Quantizer']
 # %% ../../nbs/quantize/quantizer.ipynb #7d0d91b5
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -94,8 +94,45 @@ def _row(s, why):
                     bias=getattr(s.module, 'bias', None) is not None)
 
 # %% ../../nbs/quantize/quantizer.ipynb #9548a139
+class _Seen(NamedTuple):
+    "What a plan depends on, looked at once for all policies"
+    sites: list             # every layer
+    why: dict[str,str]      # those that stay -> reason
+    stats: Inputs
+    prices: dict            # of those that change
+    params: int
+    bytes: int
+    made: dict              # layer and format -> row and codes, so that several plans share them
+    @property
+    def todo(self): return [s for s in self.sites if s.name not in self.why]
+
 @patch
 @torch.no_grad()
+def _look(self:Quantizer, model, data, n_batches, sensitivity, loss):
+    sites = find_layers(model, types=self.types, embeddings=self.embeddings)
+    why = self._reasons(model, sites)
+    todo = [s for s in sites if s.name not in why]
+    for s in todo: _check_finite(s)
+    stats = self._statistics(model, data, todo, n_batches, sensitivity, loss)
+    return _Seen(sites, why, stats, self._prices(todo, stats), count_params(model), model_bytes(model), {})
+
+@patch
+@torch.no_grad()
+def _choose(self:Quantizer, seen):
+    "The plan for layers and prices that were looked at"
+    formats,choice = self.policy.choose(seen.prices)
+    formats = {s.name: Int(8) for s in seen.todo} | formats     # embeddings, which no budget is asked about
+    rows,codes = {s.name: _row(s, seen.why.get(s.name)) for s in seen.sites},{}
+    for s in seen.todo:
+        key = s.name,formats[s.name]
+        if key not in seen.made: seen.made[key] = self._decide(s, rows[s.name], formats[s.name], seen.stats)
+        rows[s.name],codes[s.name] = seen.made[key]
+    total = sum(o.loss or 0 for o in rows.values())
+    notes = [f'{choice}' if choice else '', f'output error about {total**.5:.2g}' if total else '', _calibrated(seen.stats)]
+    return QuantizationPlan(tuple(rows.values()), repr(self), seen.params, '; '.join(filter(None, notes)), seen.bytes,
+                            {n: c for n,c in codes.items() if c})
+
+@patch
 def plan(self:Quantizer,
     model: nn.Module,                   # any model; left unchanged
     data=None,                          # tensor, batches, DataLoader, DataLoaders, Learner, f(model), or `Inputs`; None: to nearest
@@ -106,19 +143,7 @@ def plan(self:Quantizer,
     loss: Callable|None = None,         # loss(output, *targets) for the sensitivity; None for random cotangents of the output
 ) -> QuantizationPlan:                  # shows itself as a table
     "What `quantize` would do: format, bytes and error of every layer, and the reason where a layer stays"
-    sites = find_layers(model, types=self.types, embeddings=self.embeddings)
-    why = self._reasons(model, sites)
-    todo = [s for s in sites if s.name not in why]
-    for s in todo: _check_finite(s)
-    stats = self._statistics(model, data, todo, n_batches, sensitivity, loss)
-    formats,choice = self.policy.choose(self._prices(todo, stats))
-    formats = {s.name: Int(8) for s in todo} | formats      # embeddings, which no budget is asked about
-    rows,codes = {s.name: _row(s, why.get(s.name)) for s in sites},{}
-    for s in todo: rows[s.name],codes[s.name] = self._decide(s, rows[s.name], formats[s.name], stats)
-    total = sum(o.loss or 0 for o in rows.values())
-    notes = [f'{choice}' if choice else '', f'output error about {total**.5:.2g}' if total else '', _calibrated(stats)]
-    res = QuantizationPlan(tuple(rows.values()), repr(self), count_params(model), '; '.join(filter(None, notes)), model_bytes(model),
-                           {n: c for n,c in codes.items() if c})
+    res = self._choose(self._look(model, data, n_batches, sensitivity, loss))
     self._warn(res, data)
     return res
 
@@ -167,7 +192,7 @@ def _prices(self:Quantizer, sites, stats):
         def loss(f):
             c = p(_for(s, f))
             return c.error**2*most if c.loss is None else max(0., c.loss)
-        return LayerPrice(s.names, s.module.weight.nbytes, partial(weight_bytes, m=m, n=n), loss, lambda f: _can(s, f) is None)
+        return LayerPrice(s.names, s.module.weight.nbytes, partial(weight_bytes, m=m, n=n), cache(loss), lambda f: _can(s, f) is None)
     return {s.name: price(s) for s in sites}
 
 @patch
