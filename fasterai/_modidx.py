@@ -2800,6 +2800,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fasterai.workflow.chain._run': ('workflow/chain.html#_run', 'fasterai/workflow/chain.py'),
                                          'fasterai.workflow.chain._sentence': ( 'workflow/chain.html#_sentence',
                                                                                 'fasterai/workflow/chain.py'),
+                                         'fasterai.workflow.chain._ways': ('workflow/chain.html#_ways', 'fasterai/workflow/chain.py'),
                                          'fasterai.workflow.chain._what': ('workflow/chain.html#_what', 'fasterai/workflow/chain.py'),
                                          'fasterai.workflow.chain.compress': ( 'workflow/chain.html#compress',
                                                                                'fasterai/workflow/chain.py')},

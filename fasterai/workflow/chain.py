@@ -21,7 +21,7 @@ from ..core.report import _megabytes, _where
 from ..core.search import check_search
 from ..export.exporters import check_target, staged
 from ..export.inputs import batches_of
-from ..export.int8 import quantize_onnx
+from ..export.int8 import _how, quantize_onnx
 from .report import COLUMNS, CompressionReport
 from .steps import LOSSLESS, STEPS, Goal, chosen_steps
 from .target import Candidate, FileTarget, TorchTarget
@@ -119,16 +119,22 @@ def _feeds(self:_Chain):
 
 @patch
 def _int8(self:_Chain, share):
-    "8 bits in the file: all layers, or all that may be"
-    for least in (None, .98):
+    "8 bits in the file: as much as keeps the metric"
+    for opts in _ways(self.kept[-1].path):
         path = self.target.fresh()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)    # what it warns of is measured here
-            res = quantize_onnx(self.kept[-1].path, path, self._feeds(), min_agreement=least)
+            res = quantize_onnx(self.kept[-1].path, path, self._feeds(), **opts)
         c = self.target.opened(path)
-        if res.exporter.startswith('dynamic') or self._good(float(self.evaluate(c.model)), share): break
+        if self._good(float(self.evaluate(c.model)), share): break
     self._judge('quantize', share, self.model, f'{res.exporter}: {res.notes[0]}', c)
-    if self.kept[-1] is c: self.int8 = dict(min_agreement=least)
+    if self.kept[-1] is c: self.int8 = opts
+
+def _ways(path):
+    "Arguments of `quantize_onnx` to try, the smallest file first"
+    import onnx
+    if _how(onnx.load(str(path), load_external_data=False), 'auto') == 'static': return {}, dict(min_agreement=.98)
+    return dict(embeddings=True), {}
 
 @patch
 def _search(self:_Chain, name, share):

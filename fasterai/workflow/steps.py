@@ -40,7 +40,8 @@ def _decompose(model, evaluate, data, goal, **search):
     return found.plan, found.stopped
 
 def _quantize(model, evaluate, data, goal, **search):
-    how = dict(formats=[Int(8, activations='dynamic')]) if goal.kind == 'latency' else {}
+    # where bytes count, tables of words as well
+    how = dict(formats=[Int(8, activations='dynamic')]) if goal.kind == 'latency' else dict(embeddings=True)
     found = bit_find(model, evaluate, data, **how, **search)
     return found.plan, found.stopped
 
