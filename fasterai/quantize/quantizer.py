@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..core.batches import _short, left_as_found
+from ..core.batches import _short
 from ..core.calibrate import Calibration
-from ..core.check import _FAILS, first_batch
+from ..core.check import check_runs, first_batch
 from ..core.convs import ConvSite
 from ..core.inputs import Inputs
 from ..core.modules import _warn_user, count_params, select
@@ -255,15 +255,7 @@ def quantize(self:Quantizer,
         why = f': {plan.skipped[0].name or "the model"}: {plan.skipped[0].reason}' if plan.skipped else ': it has no layer that could be'
         _warn_user(f'nothing was quantized{why}.')
     res = plan.apply(model, inplace=inplace)
-    if run is not None: _check_runs(res, run)
-    return res
-
-def _check_runs(res, run):
-    "Raise where the result does not run; what it unpacked is dropped again"
-    try:
-        with left_as_found(res), torch.no_grad(): run(res)
-    except _FAILS as e:
-        raise RuntimeError(f'the quantized model does not run ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). '
-                           'Leave out the layer that this comes from with exclude=.') from e
+    if run is not None: check_runs(res, run, 'quantized')
     for m in res.modules():
-        if isinstance(m, QuantLayer): m._drop()
+        if isinstance(m, QuantLayer): m._drop()     # what the run unpacked
+    return res

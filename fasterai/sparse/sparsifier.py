@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..core.batches import _short, left_as_found
+from ..core.batches import _short
 from ..core.calibrate import Calibration
-from ..core.check import _FAILS, first_batch
+from ..core.check import check_runs, first_batch
 from ..core.inputs import Inputs
 from ..core.modules import _double, _warn_user, count_params, match_name, select
 from ..core.surgery import _span
@@ -263,13 +263,5 @@ def sparsify(self:Sparsifier,
         why = f': {plan.skipped[0].name or "the model"}: {plan.skipped[0].reason}' if plan.skipped else ': it has no layer that could be'
         _warn_user(f'no weight became zero{why}.')
     res = plan.apply(model, inplace=inplace)
-    if run is not None: _check_runs(res, run)
+    if run is not None: check_runs(res, run, 'sparse')
     return res
-
-def _check_runs(res, run):
-    "Raise where the result does not run"
-    try:
-        with left_as_found(res), torch.no_grad(): run(res)
-    except _FAILS as e:
-        raise RuntimeError(f'the sparse model does not run ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}). '
-                           'Leave out the layer that this comes from with exclude=.') from e
