@@ -19,7 +19,6 @@ from ..core.files import _open, _quoted
 from ..core.folders import _others
 from ..core.inputs import Inputs
 from ..core.modules import _FLOATS, LinearSite, _warn_user
-from ..core.moments import Moments
 from ..core.names import _build, _emptied, _from_config, _key, _loaded, _matched, _renamer
 from ..core.store import _store_of
 from ..core.stream import _architecture, _finish, _Meter, _ordered, _Piece, _PLAN, _Run, _stored_layers, _write_shard, _written_to

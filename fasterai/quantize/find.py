@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 import torch
 from torch import nn
-from ..core.convs import ConvSite, _CONVS, find_convs
+from ..core.convs import ConvSite, find_convs
 from ..core.modules import LinearSite, find_linears
 from ..core.moments import Moments
 from ..core.reasons import _content_reason, _owners, _tie_reason, _type_reason

@@ -15,7 +15,7 @@ from ..core.surgery import copy_with
 from ..core.walk import _is_conv1d
 from .formats import Half, Int, blocks_of, codes_per_word
 from .packing import int8_product, int8_weight, int8_works, pack_codes, round_rows, steps, unpack_codes, values
-from .rounding import Rounded, nearest
+from .rounding import Rounded
 
 # %% ../../nbs/quantize/layers.ipynb #4c071a43
 def _version(t): return 0 if t.is_inference() else t._version

@@ -6,7 +6,7 @@
 __all__ = ['collect_moments', 'moments_for', 'LayerCost', 'Pricer']
 
 # %% ../../nbs/quantize/measure.ipynb #8f45207a
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 import torch
 from torch import nn

@@ -6,7 +6,7 @@
 __all__ = ['Quantizer']
 
 # %% ../../nbs/quantize/quantizer.ipynb #7d0d91b5
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple

@@ -9,12 +9,10 @@ __all__ = ['BitSuggestion', 'bit_find']
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from functools import lru_cache
-from typing import Any
-import torch
 from torch import nn
 from ..core.search import Suggestion, check_search, find
 from .find import mb
-from .formats import BITS, Half, Int, mk_format
+from .formats import BITS, Half, mk_format
 from .layers import HalfLinear, QuantLayer
 from .policies import ByteBudget, Uniform
 from .quantizer import Quantizer

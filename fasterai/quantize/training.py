@@ -16,7 +16,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastcore.basics import patch
 from ..core.distill import SelfDistillation
 from ..core.learner import _Kept, _compressed, _dense_of, _running, _swap
-from .find import batched_weight, find_layers, shaped
+from .find import batched_weight, shaped
 from .formats import Int
 from .layers import QuantLayer, packed, rounded_of, unpack
 from .plan import QuantizationPlan, _mark

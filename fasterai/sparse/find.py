@@ -8,7 +8,7 @@ __all__ = ['find_sparse', 'stacked', 'weights_of', 'as_weight', 'channel_order']
 # %% ../../nbs/sparse/find.ipynb #581760dc
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 import torch
 from torch import nn
 from ..core.convs import ConvSite, find_convs

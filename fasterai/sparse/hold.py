@@ -6,7 +6,6 @@
 __all__ = ['Masked', 'zero_masks', 'hold', 'bake']
 
 # %% ../../nbs/sparse/hold.ipynb #ce1d2e02
-from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations

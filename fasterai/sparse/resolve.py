@@ -8,7 +8,6 @@ __all__ = ['Update', 'sparse_moments', 'SparseLayer', 'solve_layers']
 # %% ../../nbs/sparse/resolve.ipynb #f3445d43
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Literal
 import torch
 from fastcore.basics import patch
@@ -17,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.collect import NotDifferentiable, _watch
 from ..core.convs import ConvSite
 from ..core.inputs import InputCollector, Inputs
-from ..core.modules import LinearSite, _double, _warn_user
+from ..core.modules import LinearSite, _warn_user
 from ..core.moments import Moments
-from .find import as_weight, channel_order, find_sparse, weights_of
-from .masks import Pattern, Scope, SparseScore, lowest, mk_pattern, weight_scores
-from .solve import alternate, conjugate_gradients, diagonal, row_errors, second_moments, taken_by_bias
+from .find import channel_order, weights_of
+from .masks import Pattern, Scope, SparseScore, lowest, weight_scores
+from .solve import alternate, conjugate_gradients, diagonal, row_errors, second_moments
 
 # %% ../../nbs/sparse/resolve.ipynb #ab9a3a67
 def sparse_moments(

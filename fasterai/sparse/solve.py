@@ -7,9 +7,7 @@ __all__ = ['taken_by_bias', 'second_moments', 'diagonal', 'times', 'row_errors',
 
 # %% ../../nbs/sparse/solve.ipynb #1a8d8168
 from collections.abc import Callable, Sequence
-from typing import Literal
 import torch
-from ..core.convs import ConvSite
 from ..core.modules import LinearSite, _double
 from ..core.moments import Moments
 
@@ -107,7 +105,6 @@ def alternate(
     d = diagonal(S).clamp_min(torch.finfo(W0.dtype).tiny**.5).sqrt()
     parts = d.split([C.shape[-1] for C in S], -1)
     scaled = [torch.linalg.eigh(C/a[:, :, None]/a[:, None]) for C,a in zip(S, parts)]     # unit diagonal
-    scale = d[:, None] if rows is None else d[:, None]*rows[..., None]
     T0,row = W0*d[:, None],1. if rows is None else rows[..., None]
     def split(x): return x.split([C.shape[-1] for C in S], -1)
     goal = torch.cat([(t @ Q)*e[:, None] @ Q.mT for t,(e,Q) in zip(split(T0), scaled)], -1)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from math import isfinite
 from numbers import Real
-from typing import Literal
 import torch
 from fastcore.basics import patch
 from torch import nn

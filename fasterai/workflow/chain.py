@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-import pandas as pd, torch
+import pandas as pd
 from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _Bar

@@ -6,7 +6,7 @@
 __all__ = ['Candidate', 'TorchTarget', 'FileModel', 'FileTarget']
 
 # %% ../../nbs/workflow/target.ipynb #556a6aae
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
