@@ -1015,6 +1015,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fasterai.export.learner.Learner.quantize_onnx': ( 'export/learner.html#learner.quantize_onnx',
                                                                                             'fasterai/export/learner.py'),
                                          'fasterai.export.learner._about': ('export/learner.html#_about', 'fasterai/export/learner.py'),
+                                         'fasterai.export.learner._check_learner': ( 'export/learner.html#_check_learner',
+                                                                                     'fasterai/export/learner.py'),
                                          'fasterai.export.learner._compare': ('export/learner.html#_compare', 'fasterai/export/learner.py'),
                                          'fasterai.export.learner._device': ('export/learner.html#_device', 'fasterai/export/learner.py'),
                                          'fasterai.export.learner._example': ('export/learner.html#_example', 'fasterai/export/learner.py'),

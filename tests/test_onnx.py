@@ -486,3 +486,15 @@ def test_packed_tables_stay_packed(bits, tmp_path):
     q = Quantizer(Int(bits, group=32 if bits < 8 else None), embeddings=True).quantize(m, [x])
     res = export_onnx(q, tmp_path/'m.onnx', [x], latency=False)
     assert res and res.exporter == 'dynamo' and res.nbytes < (bits + 3)*4000*64/8
+
+def test_what_a_file_of_a_learner_cannot_do(tmp_path):
+    from fastai.callback.core import Callback
+    from fastai.data.core import DataLoaders
+    xs,ys = torch.randn(16, 4),torch.arange(16) % 2
+    dls = DataLoaders.from_dsets([*zip(xs, ys)], [*zip(xs, ys)], bs=8, num_workers=0, device='cpu')
+    learn = Learner(dls, nn.Linear(4, 2), loss_func=CrossEntropyLossFlat())
+    class Now(Callback):
+        def after_epoch(self): self.learn.export_onnx(tmp_path/'m.onnx')
+    with pytest.raises(RuntimeError, match='call it afterwards'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Now())
+    with pytest.raises(ValueError, match='one item at a time'): learn.export_onnx(tmp_path/'m.onnx', dynamic=False)
+    assert not any(tmp_path.iterdir())

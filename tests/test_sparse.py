@@ -758,3 +758,12 @@ def test_s28_pages_say_what_zeros_do_not_give():
     root = Path(__file__).parent.parent/'nbs'
     text = ' '.join(''.join(c['source']) for p in ('sparse/sparsifier', 'tutorials/sparse/sparsifier') for c in json.loads((root/f'{p}.ipynb').read_text())['cells'])
     assert 'above 70 %' in text and 'CUDA' in text and 'as much memory and time as before' in text
+
+def test_zeros_of_an_earlier_call_stay(learn):
+    "A second call with fewer zeros frees none of the first"
+    learn.sparsify(.8)
+    gone = {i: learn.model[i].weight == 0 for i in (0, 2, 4)}
+    learn.fit(1)
+    learn.sparsify(.3)
+    learn.fit(1)
+    for i,g in gone.items(): assert not learn.model[i].weight[g].any()

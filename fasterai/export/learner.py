@@ -15,10 +15,12 @@ from random import Random
 import numpy as np, torch
 from fastai.callback.progress import ProgressCallback      # adds learn.no_bar
 from fastai.learner import Learner
+from fastai.vision.core import PointScaler
 from fastai.torch_core import TensorImage, get_model
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fasttransform import Pipeline
+from ..core.learner import _running
 from ..core.batches import _rng_kept, left_as_found, run_batches
 from fasterai.export.about import (columns_of, images_of, kind_of, mode_of, numbers_of, rows_as_tensors, rows_to_try, scaling_of, steps_of,
     vocab_of)
@@ -109,6 +111,18 @@ def _about(learn, kind, decode, normalize, served):
     return dict(fasterai=res)
 
 # %% ../../nbs/export/learner.ipynb #b527afa7
+def _check_learner(learn, what, whole=False, opts={}):
+    "Raise where the Learner cannot predict now, or the file could not predict as it does"
+    if _running(learn, 'fit') or learn.lock.locked():
+        raise RuntimeError(f'learn.{what} predicts with the model, which cannot be done while fit, validate or get_preds runs: call it afterwards.')
+    if not whole: return
+    if opts.get('dynamic', 'auto') is False:
+        raise ValueError('dynamic=False makes a file for one number of rows, and predict takes one item at a time: leave it out, '
+                         'or export the model alone with decode=False, normalize=False.')
+    if any(isinstance(t, PointScaler) for t in getattr(getattr(learn.dls, 'after_item', None), 'fs', ())):
+        raise ValueError('learn.predict turns points and boxes into pixels, which the file cannot do: decode=False gives them as the model does, '
+                         'from -1 to 1.')
+
 _CLOSE = 1e-4       # largest difference of a probability, or of a value relative to its size
 
 def _wanted(learn, kind, item):
@@ -151,6 +165,7 @@ def export_onnx(self:Learner,
     **kwargs
 ) -> ONNXReport:
     "Write a file that predicts as `learn.predict` does, with what a service needs to know; `load_onnx_learner` reads it without torch"
+    _check_learner(self, 'export_onnx', decode and normalize, kwargs)
     needs('onnx', 'onnxscript', 'onnxruntime')
     overwrite,half = kwargs.pop('overwrite', False),kwargs.get('half', False)
     check_target(path, overwrite)
@@ -177,6 +192,7 @@ def quantize_onnx(self:Learner,
     **kwargs
 ) -> ONNXReport:            # compared with the float file
     "Write an int8 form of an exported file, with ranges from the training set"
+    _check_learner(self, 'quantize_onnx')
     kind = kind_of(self.dls, get_model(self.model))
     if not len(self.dls.train.dataset):
         raise ValueError('an exported Learner holds no items: call quantize_onnx(path, out, data) with some.')

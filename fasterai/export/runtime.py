@@ -124,5 +124,5 @@ def load_onnx_learner(
     "A file that predicts as the Learner did"
     res = ONNXModel(path, providers=providers, threads=threads, tokenizer=tokenizer)
     if 'kind' not in res.learner:
-        raise ValueError(f'{Path(path).name} was not made by learn.export_onnx with decode=True: use ONNXModel(path).')
+        raise ValueError(f'{Path(path).name} was not made by learn.export_onnx with decode=True and normalize=True: use ONNXModel(path).')
     return res

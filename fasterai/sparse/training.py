@@ -38,7 +38,9 @@ def _held(learn):
             w = getattr(mods.get(o.name), 'weight', None)
             if not isinstance(w, torch.Tensor): continue
             fits = o.mask and tuple(w.shape) == o.shape
-            res[o.name] = (p.masks_of(o.name) if fits else w.detach() != 0).to(w.device)    # pruned since: the zeros that are left
+            keep = (p.masks_of(o.name) if fits else w.detach() != 0).to(w.device)       # pruned since: the zeros that are left
+            earlier = res.get(o.name)
+            res[o.name] = keep & earlier if earlier is not None and earlier.shape == keep.shape else keep
     return res
 
 class HoldZeros(Callback):

@@ -62,6 +62,8 @@ def compress(self:Learner,
     if _running(self, 'fit') or self.lock.locked():
         raise RuntimeError('learn.compress validates the model many times, which cannot be done while fit, validate or get_preds runs: '
                            'call it afterwards.')
+    if isinstance(distill, bool) or not isinstance(distill, int) or distill < 0:
+        raise ValueError(f'distill must be a number of epochs, got {distill!r}.')
     i,name = _metric_index(self, metric)
     def evaluate(m):
         with _with_model(self, m), self.no_bar(): return self.validate()[i]
