@@ -481,6 +481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.learner._dense_of': ('core/learner.html#_dense_of', 'fasterai/core/learner.py'),
                                        'fasterai.core.learner._direction': ('core/learner.html#_direction', 'fasterai/core/learner.py'),
                                        'fasterai.core.learner._groups': ('core/learner.html#_groups', 'fasterai/core/learner.py'),
+                                       'fasterai.core.learner._hooks_in': ('core/learner.html#_hooks_in', 'fasterai/core/learner.py'),
                                        'fasterai.core.learner._kept': ('core/learner.html#_kept', 'fasterai/core/learner.py'),
                                        'fasterai.core.learner._lost': ('core/learner.html#_lost', 'fasterai/core/learner.py'),
                                        'fasterai.core.learner._metric_index': ( 'core/learner.html#_metric_index',

@@ -2,6 +2,7 @@
 from functools import partial
 import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.hook import hook_output
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
@@ -18,6 +19,8 @@ from fasterai.lowrank import learner as _       # plans, uncompress
 from fasterai.prune import learner as _         # prune
 from fasterai.prune.cost import count_macs
 from fasterai.prune.pruner import Pruner
+from fasterai.prune.training import PruneCallback
+from fasterai.quantize import learner as _      # quantize
 
 Cut = partial(Pruner, score='magnitude', compensate=False)   # without looking at data
 
@@ -178,3 +181,29 @@ def test_what_prune_find_refuses():
     none = learn.prune_find(0., show_plot=False, ratios=(.05,), refine=0, score='magnitude', compensate=False, metric='valid_loss')
     if none.plan is None:
         with pytest.raises(ValueError, match='found no budget that keeps the metric'): learn.prune(plan=none)
+
+class Within(Callback):
+    "Calls `f(learn)` between two epochs of a fit"
+    def __init__(self, f): self.f = f
+    def after_epoch(self):
+        if self.epoch == 0: self.f(self.learn)
+
+class Skip(nn.Module):
+    "Reads what a hook on its own layer stored, as a unet of fastai does"
+    def __init__(self):
+        super().__init__()
+        self.enc,self.mid,self.head = nn.Conv2d(3, 16, 3, padding=1),nn.Conv2d(16, 16, 3, padding=1),nn.Linear(32, 3)
+        self.hook = hook_output(self.enc, detach=False)
+    def forward(self, x):
+        y = self.mid(self.enc(x).relu()).relu()
+        return self.head(torch.cat([y, self.hook.stored], 1).mean((2, 3)))
+
+@pytest.mark.parametrize('cbs', [lambda: PruneCallback(.6), lambda: Within(lambda l: l.decompose(rank_ratio=.5)),
+                                 lambda: Within(lambda l: l.quantize(8))])
+def test_hooks_of_the_model_itself_live_on(cbs):
+    learn = quiet(learner(Skip()), 2, cbs=cbs())
+    m = learn.model.eval()
+    for n in (1, 5):
+        x = torch.randn(n, 3, 32, 32)
+        m(x)
+        assert torch.equal(m.hook.stored, m.enc(x)) and len(m.enc._forward_hooks) == 1

@@ -10,7 +10,7 @@ import inspect, os, numpy as np
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from fastai.callback.hook import Hook
+from fastai.callback.hook import Hook, Hooks
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, load_model
 from fastai.optimizer import OptimWrapper
@@ -116,11 +116,17 @@ def _check_now(learn, what):
     if isinstance(learn.model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise RuntimeError(f'learn.{what} cannot run in a fit whose model is wrapped in {type(learn.model).__name__}: call it before or after fit.')
 
+def _hooks_in(v):
+    "Hooks of fastai in an attribute: one, or several"
+    return [v] if isinstance(v, Hook) else [h for o in v for h in _hooks_in(o)] if isinstance(v, (Hooks, list, tuple)) else []
+
 def _unhook(model):
-    "Take hooks of callbacks that run off a copy: theirs are the ones on the old model, and only those go at the end"
+    """Take hooks of callbacks that run off a copy: theirs are the ones on the old model, and only those go at the end. What a module
+    holds itself, such as a block of a unet, stays"""
+    own = {id(h) for m in model.modules() for v in vars(m).values() for h in _hooks_in(v)}
     for m in model.modules():
         for hooks in (m._forward_hooks, m._backward_hooks):
-            for k in [k for k,f in hooks.items() if isinstance(getattr(f, '__self__', None), Hook)]: del hooks[k]
+            for k in [k for k,f in hooks.items() if isinstance(o := getattr(f, '__self__', None), Hook) and id(o) not in own]: del hooks[k]
 
 def _continue(learn, old):
     "A new optimizer for a fit that runs, with the hyperparameters of `old`"
