@@ -107,10 +107,12 @@ def _timing(cost, model, example, costs):
 
 def _whys(rows): return '; '.join(f'{o.name or "(the model)"}: {o.reason}' for o in rows[:3]) + '; …'*(len(rows) > 3)
 
+_NOTHING = 'the model has no layer that could be; layers packed in few bits cannot: prune first'
+
 def _fitted(whole, p, model, example, batch):
     "`whole` within the budget of the `Pruner` p, as counted on the pruned model, or measured on `batch`"
     stay = [o for o in whole.layers if not o.errors]
-    if p.budget < 1 and len(stay) == len(whole): raise ValueError(f'nothing to prune ({_whys(stay) or "the model has no layer that could be; layers packed in few bits cannot: prune first"}).')
+    if p.budget < 1 and len(stay) == len(whole): raise ValueError(f'nothing to prune ({_whys(stay) or _NOTHING}).')
     try:
         if p.cost != 'latency': plan = _counted(whole, p, model, example)
         else: plan = fit_latency(whole, p.budget, model, first_batch(model, batch)[0])

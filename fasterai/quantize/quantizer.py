@@ -225,8 +225,10 @@ _FAR = .6   # relative output error from which errors of layers no longer add up
 def _warn(self:Quantizer, plan, data):
     "What a user would not expect"
     low = [o for o in plan.replaced if isinstance(o.format, Int) and o.format.bits < 8 and o.kind != 'Embedding']
-    if low and not any(o.calibrated for o in low): _warn_user(f'no data{"" if data is None else " that could be used"}: {len(low)} layers are rounded to nearest at {min(o.format.bits for o in low)} bits. '
-        'With data= the error is usually a third to a quarter of that.')
+    if low and not any(o.calibrated for o in low):
+        why = 'no data' if data is None else 'no data that could be used'
+        _warn_user(f'{why}: {len(low)} layers are rounded to nearest at {min(o.format.bits for o in low)} bits. '
+                   'With data= the error is usually a third to a quarter of that.')
     total = sum(o.loss or 0 for o in plan.replaced)
     if total > _FAR**2: _warn_user(f'the predicted output error is {total**.5:.2g}: from {_FAR} on predictions are unreliable. Measure the '
         'model, or give it more bytes.')
