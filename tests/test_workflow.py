@@ -185,19 +185,16 @@ def test_command_errors_are_one_line(argv, says, capsys):
     assert says in err and err.count('\n') == 1 and err.startswith('fasterai_compress: ')
 
 @pytest.mark.slow
-def test_command_on_a_learner_file(trained, tmp_path):
-    learner(trained).export(tmp_path/'learner.pkl')
-    (tmp_path/'mydata.py').write_text('''import torch
-from fastai.data.core import DataLoaders
-def make():
-    xs,ys = torch.randn(96, 3, 8, 8),torch.arange(96) % 3
-    for x,y in zip(xs, ys): x[y] += 1.
-    items = [*zip(xs, ys)]
-    return DataLoaders.from_dsets(items[:64], items[64:], bs=32, num_workers=0, device='cpu')
-''')
+def test_command_on_a_learner_file(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    learn = Learner(digits_dls(16, n=400), net, metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    learn.export(tmp_path/'learner.pkl')
+    (tmp_path/'mydata.py').write_text("from fasterai.core.digits import digits_dls\ndef make(): return digits_dls(16, n=400)\n")
     cmd = [sys.executable, '-c', 'import sys; from fasterai.workflow.cli import main; sys.exit(main())']
-    r = subprocess.run([*cmd, 'learner.pkl', '--allow-pickle', '--dls', 'mydata:make', '--max-drop', '0.05', '--target', 'torch', '--goal', 'bytes',
-                        '--out', 'small'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert r.returncode == 0, r.stderr
-    assert sorted(f.name for f in (tmp_path/'small').iterdir()) == ['learner.pkl', 'report.csv', 'report.png']
-    assert pd.read_csv(tmp_path/'small/report.csv').kept.any()
+    for target,result in (('torch','learner.pkl'), ('onnx','model.onnx')):
+        opts = '--allow-pickle --dls mydata:make --max-drop 0.05 --goal bytes --steps prune,quantize'.split()
+        r = subprocess.run([*cmd, 'learner.pkl', *opts, '--target', target, '--out', target], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert r.returncode == 0, r.stderr
+        assert sorted(f.name for f in (tmp_path/target).iterdir()) == sorted([result, 'report.csv', 'report.png'])
+        assert pd.read_csv(tmp_path/target/'report.csv').kept.any()
