@@ -11,7 +11,8 @@ from fastcore.script import call_parse
 from torch import nn
 import fasterai
 from fasterai.core.latency import _latencies
-from fasterai.sparse.find import as_weight, find_sparse, weights_of
+from fasterai.core.matrices import as_weight, weights_of
+from fasterai.sparse.find import find_sparse
 from fasterai.sparse.resolve import sparse_moments
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.storage import save_sparse

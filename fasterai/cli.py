@@ -133,6 +133,7 @@ def fasterai_decompose(
     from fasterai.lowrank.cli import run_job    # imports PyTorch and fastai, which takes seconds
     return run_job(**opts, say=_say)
 
+# %% ../nbs/cli.ipynb #59a0a058
 def _quantized(checkpoint, out, bits, statistics, arch, arch_args, layers, exclude, force):
     "Quantize a checkpoint on disk: the comparison"
     import pandas as pd

@@ -1061,7 +1061,7 @@ def test_the_direction_is_known(metric, higher):
     (F1ScoreMulti(), True), (HammingLossMulti(), False), (Jaccard(), True), (JaccardMulti(), True), (PrecisionMulti(), True), (RecallMulti(), True),
     (MatthewsCorrCoefMulti(), True), (CorpusBLEUMetric(), True), (top_k_accuracy, True)], ids=lambda o: str(getattr(o, 'name', getattr(o, '__name__', o))))
 def test_the_direction_of_the_other_metrics_of_fastai_is_known(metric, higher):
-    from fasterai.lowrank.learner import _direction
+    from fasterai.core.validate import _direction
     assert _direction(Learner(learner().dls, mlp(), loss_func=F.cross_entropy, metrics=metric).metrics[0].name, None) is higher
 
 def test_the_direction_of_another_metric_is_asked_for():

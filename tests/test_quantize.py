@@ -12,11 +12,12 @@ from fasterai.all import *
 from fasterai.core.inputs import Inputs
 from fasterai.core.moments import block_sizes
 from fasterai.quantize import layers as layers_room, packing
-from fasterai.quantize.find import batched_second, find_layers
+from fasterai.core.matrices import model_bytes, second_moments
+from fasterai.quantize.find import find_layers
 from fasterai.quantize.formats import mk_format, weight_bytes
 from fasterai.quantize.layers import HalfLinear, QuantConv, QuantConv1D, QuantEmbedding, QuantLayer
 from fasterai.quantize.measure import Pricer, collect_moments
-from fasterai.quantize.plan import QuantRow, model_bytes
+from fasterai.quantize.plan import QuantRow
 from fasterai.quantize.rounding import feedback, nearest, output_error, round_weight
 
 pytestmark = pytest.mark.filterwarnings('ignore:no data:UserWarning')
@@ -109,7 +110,7 @@ def test_blocks_of_2048_above_4096_inputs():
     assert block_sizes(25088) == (2048,)*12 + (512,) and block_sizes(4096) == (4096,)
     lin,x = nn.Linear(4160, 8),rows(64, 4160)
     st = collect_moments(lin, [x], find_layers(lin))
-    S = batched_second(st[''], find_layers(lin)[0])
+    S = second_moments(st[''], find_layers(lin)[0])
     assert [o.shape[-1] for o in S] == [2048, 2048, 64]
     W = lin.weight.detach()[None]
     a,b = (output_error(W - round_weight(W, Int(3), S, rounding=k).values, S) for k in ('feedback', 'nearest'))
@@ -120,7 +121,7 @@ def test_few_rows():
     lin,x = nn.Linear(256, 32),rows(10, 256)
     s, = find_layers(lin)
     o = collect_moments(lin, [x], [s])['']
-    S,W = batched_second(o, s),lin.weight.detach()[None]
+    S,W = second_moments(o, s),lin.weight.detach()[None]
     fed,near = (round_weight(W, Int(3), S, rounding=k) for k in ('feedback', 'nearest'))
     assert output_error(W - fed.values, S) <= output_error(W - near.values, S)
     assert 'seen on 10 rows' in Quantizer(3).plan(lin, x)[''].reason or not o.few

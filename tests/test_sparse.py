@@ -14,12 +14,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from fasterai.all import *
 from fasterai.core.inputs import Inputs, collect_inputs
 from fasterai.core.zeros import join_zeros, split_zeros
-from fasterai.sparse.find import channel_order, find_sparse, weights_of
+from fasterai.sparse.find import find_sparse
 from fasterai.sparse.hold import bake, hold
 from fasterai.sparse.plan import SparsityPlan
 from fasterai.sparse.masks import lowest, mk_pattern, weight_scores
 from fasterai.sparse.resolve import SparseLayer, solve_layers, sparse_moments
-from fasterai.sparse.solve import alternate, conjugate_gradients, row_errors, second_moments, taken_by_bias
+from fasterai.core.matrices import second_moments, weights_of
+from fasterai.sparse.solve import alternate, conjugate_gradients, row_errors
 from fasterai.sparse.training import HoldZeros
 
 pytestmark = [pytest.mark.filterwarnings('ignore:all weights of:UserWarning'), pytest.mark.filterwarnings('ignore:no data:UserWarning'), pytest.mark.filterwarnings('ignore:the predicted output error:UserWarning')]

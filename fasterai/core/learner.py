@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/core/learner.ipynb #0a1b0fbb
 import inspect, os, numpy as np
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from fastai.callback.hook import Hook, Hooks
@@ -19,7 +18,6 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
-from .batches import left_as_found
 from .modules import is_pair
 from .plan import Plan
 from .store import _lean, save_compressed as _saved
@@ -222,46 +220,6 @@ def load(self:Learner, file, device=None, **kwargs):
     hook = model._register_load_state_dict_pre_hook(partial(_check_checkpoint, file, _kept(self), model))
     try: return self._orig_load(file, device, **kwargs)
     finally: hook.remove()
-
-# %% ../../nbs/core/learner.ipynb #2187e93d
-_LOWER = frozenset('''valid_loss loss error_rate rmse _rmse exp_rmspe _exp_rmspe mse mae msle perplexity hamming_loss
-    brier_score_loss'''.split())
-_HIGHER = frozenset('''accuracy accuracy_multi top_k_accuracy foreground_acc average_precision_score balanced_accuracy_score
-    cohen_kappa_score f1_score fbeta_score jaccard_score precision_score recall_score roc_auc_score matthews_corrcoef explained_variance_score
-    r2_score pearsonr spearmanr dice dice_multi jaccard_coeff jaccard_coeff_multi corpus_bleu'''.split())
-
-def _direction(name, higher_is_better):
-    if higher_is_better is not None: return higher_is_better
-    if name in _LOWER or name in _HIGHER: return name in _HIGHER
-    raise ValueError(f'is a larger {name!r} better? Pass higher_is_better=True or False.')
-
-def _metric_index(learn, metric):
-    "Position in what `validate` returns, and name"
-    names = ['valid_loss', *learn.metrics.attrgot('name')]
-    if metric is None: i = min(1, len(names)-1)
-    elif isinstance(metric, str):
-        if metric not in names: raise ValueError(f'metric={metric!r} is not among those of the Learner: {", ".join(map(repr, names))}.')
-        i = names.index(metric)
-    else:
-        at = [j for j,m in enumerate(learn.metrics) if m is metric or getattr(m, 'func', None) is metric]
-        if not at: raise ValueError(f'metric={metric!r} is not among those of the Learner: {", ".join(map(repr, names))}.')
-        i = at[0] + 1
-    return i, names[i]
-
-# %% ../../nbs/core/learner.ipynb #853c9e7a
-@contextmanager
-def _with_model(learn, model):
-    "`model` in the place of the Learner's, whose model, record and random state are as before at the end"
-    before,recs = learn.model,{k: list(v) for k in ('values','iters','losses','lrs')
-        if isinstance(v := getattr(learn.recorder, k, None), list)} \
-        if hasattr(learn, 'recorder') else {}
-    with left_as_found(before):
-        try:
-            learn.model = model
-            yield
-        finally:
-            learn.model = before
-            for k,v in recs.items(): setattr(learn.recorder, k, v)
 
 # %% ../../nbs/core/learner.ipynb #550bdbc7
 @patch

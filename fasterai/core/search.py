@@ -39,6 +39,11 @@ class Suggestion:
         "What a row shows of the size of the model that `plan` makes; `share` is in the plot"
         return dict(params=plan.params_after, share=plan.params_after/plan.params if plan.params else 1.)
 
+    @staticmethod
+    def budgets(ratios: Sequence[float]) -> str:
+        "Budgets as the argument that asks for them"
+        return f'ratios=({", ".join(f"{r:g}" for r in ratios)},)'
+
     @property
     def label(self) -> str:
         "The budget of the suggestion"
@@ -78,8 +83,8 @@ class Suggestion:
 # %% ../../nbs/core/search.ipynb #5ea7c408
 class _Sweep:
     "Budgets tried on one set of prices"
-    def __init__(self, model, planned, evaluate, good, size, shown):
-        self.model,self.planned,self.evaluate,self.good,self.size,self.shown = model,planned,evaluate,good,size,shown
+    def __init__(self, model, planned, evaluate, good, size, kind):
+        self.model,self.planned,self.evaluate,self.good,self.size,self.kind = model,planned,evaluate,good,size,kind
         self.rows,self.tried = {},{}    # size -> row, ratio -> row
 
     def __call__(self, ratio):
@@ -88,7 +93,7 @@ class _Sweep:
         if (plan := self.planned(ratio)) is None: return None
         if (size := self.size(plan)) not in self.rows:
             value = float(self.evaluate(plan.apply(self.model)))
-            self.rows[size] = dict(ratio=ratio) | self.shown(plan) | dict(metric=value, ok=self.good(value))
+            self.rows[size] = dict(ratio=ratio) | self.kind.size(plan) | dict(metric=value, ok=self.good(value))
         self.tried[ratio] = self.rows[size]
         return self.rows[size]
 
@@ -120,8 +125,8 @@ def _smaller(sweep, ratio, tight):
     "What to say where the smallest budget kept the metric"
     share = sweep.tried[ratio]['share']
     more = [r for f in (.7, .5, .3, .2, .1) if (p := sweep.planned(r := float(f'{f*ratio:.2g}'))) is not None
-            and sweep.shown(p)['share'] < share]
-    if more: return f'All budgets tried kept it; smaller ones are possible: ratios=({", ".join(f"{r:g}" for r in more)},).'
+            and sweep.kind.size(p)['share'] < share]
+    if more: return f'All budgets tried kept it; smaller ones are possible: {sweep.kind.budgets(more)}.'
     return f'All budgets tried kept it; the next smaller one is too small for these layers{tight(ratio*.7)}'
 
 # %% ../../nbs/core/search.ipynb #5ea7c40a
@@ -174,7 +179,7 @@ def find(
     "The smallest budget at which `evaluate` loses no more than `max_drop`, and the curve"
     def good(v): return v >= dense - max_drop - 1e-9 if higher_is_better else v <= dense + max_drop + 1e-9
     _check_units(max_drop, dense, metric)
-    sweep = _Sweep(model, planned, evaluate, good, size, kind.size)
+    sweep = _Sweep(model, planned, evaluate, good, size, kind)
     best,why = _search(sweep, ratios, refine, verb, tight)
     if not sweep.rows: raise ValueError(f'the largest budget, {max(ratios):g}, is too small for these layers{tight(max(ratios))}')
     frame = pd.DataFrame(sorted(sweep.rows.values(), key=lambda o: -o['ratio']))

@@ -67,6 +67,7 @@ def pack_zeros(
         info[k] = [*t.shape], _check_sum(*o)
     return res, {_KEY: json.dumps(info)} if info else {}
 
+# %% ../../nbs/core/zeros.ipynb #ed598437
 @dataclass(frozen=True)
 class _Packed(_Stored):
     "A tensor in its short form: the place of its values, and of its bits"

@@ -76,6 +76,7 @@ def _kind_of_image(dls):
 
 def mode_of(dls) -> str: return _kind_of_image(dls)._open_args['mode']
 
+# %% ../../nbs/export/about.ipynb #4c6b785a
 def images_of(
     dls,
     n: int,         # at most
@@ -117,6 +118,7 @@ def numbers_of(dls) -> dict:
     stats = {} if norm is None else dict(mean=listed(norm.means), std=listed(norm.stds))
     return dict(fills=[float(fills.get(c, math.nan)) for c in to.cont_names]) | stats
 
+# %% ../../nbs/export/about.ipynb #62a01f6a
 def rows_to_try(
     dls,
     n: int,

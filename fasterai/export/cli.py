@@ -6,16 +6,14 @@
 __all__ = ['fasterai_export', 'main']
 
 # %% ../../nbs/export/cli.ipynb #2a698929
-import sys, warnings
 from pathlib import Path
-from fastcore.script import anno_parser
+from ..core.script import check_export, load_export, run_script
 
 # %% ../../nbs/export/cli.ipynb #f1732fa1
 def _check_options(model, out, force, allow_pickle):
     "Raise for what can be seen without PyTorch"
-    path,to = Path(model),Path(out)
-    if not path.is_file(): raise FileNotFoundError(f'no such file: {model} (the learner file).')
-    if not allow_pickle: raise ValueError(f'{model} is a pickle, and loading one runs code. If you trust it pass --allow-pickle.')
+    check_export(model, allow_pickle)
+    to = Path(out)
     if to.is_dir(): raise IsADirectoryError(f'--out {out} is a folder: name a file, such as {to/"model.onnx"}.')
     if to.exists() and not force: raise FileExistsError(f'--out {out} exists. Choose another name or pass --force.')
     if not to.absolute().parent.is_dir(): raise FileNotFoundError(f'--out {out}: the folder {to.parent} does not exist.')
@@ -33,33 +31,13 @@ def fasterai_export(
     "Write a Learner as an ONNX file that predicts the same"
     _check_options(model, out, force, allow_pickle)
     import fasterai.export.learner      # imports PyTorch and fastai, which takes seconds
-    from fastai.learner import load_learner
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')     # about the pickle, to which the user agreed
-        learn = load_learner(model)
-    return learn.export_onnx(out, half=half, exporter=exporter, opset=opset, overwrite=force)
+    return load_export(model).export_onnx(out, half=half, exporter=exporter, opset=opset, overwrite=force)
 
 # %% ../../nbs/export/cli.ipynb #c5492bba
-_SPOKEN = ('overwrite=True', '--force'), ("exporter='torchscript'", '--exporter torchscript')
-
-def _sentence(e):
-    "One line for an error, in terms of the options"
-    text = ' '.join(str(e).split())
-    for a,b in _SPOKEN: text = text.replace(a, b)
-    return text
+_SPOKEN = {'overwrite=True': '--force', "exporter='torchscript'": '--exporter torchscript'}
 
 def main(
     argv: list[str]|None = None,    # arguments; None for those of the process
 ) -> int:                           # 0, 2 for a wrong option or file, 130 for Ctrl-C
     "The console script"
-    parser = anno_parser(fasterai_export, prog='fasterai_export', pos=['model'])
-    try:
-        opts = {k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb','xtra')}
-        sys.stdout.write(f'{fasterai_export(**opts)}\n')
-        return 0
-    except KeyboardInterrupt:
-        sys.stderr.write('\nfasterai_export: interrupted.\n')
-        return 130
-    except (ValueError, OSError, ImportError) as e:
-        sys.stderr.write(f'fasterai_export: {_sentence(e)}\n')
-        return 2
+    return run_script(fasterai_export, argv, _SPOKEN)

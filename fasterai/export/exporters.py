@@ -64,6 +64,7 @@ EXPORTERS = dict(dynamo=_dynamo, torchscript=_torchscript)
 
 _LARGE = 2**31 - 2**27      # bytes; protobuf ends at 2 GB
 
+# %% ../../nbs/export/exporters.ipynb #6d6e6954
 def is_large(model): return sum(t.numel()*t.element_size() for t in (*model.parameters(), *model.buffers())) > _LARGE
 
 def to_graph(
@@ -119,6 +120,7 @@ def check_target(path, overwrite):
         if p.exists() and not overwrite: raise FileExistsError(f'{p} exists. Pass overwrite=True to replace it.')
     if not path.absolute().parent.is_dir(): raise FileNotFoundError(f'the folder {path.parent} does not exist. Make it first.')
 
+# %% ../../nbs/export/exporters.ipynb #1773dab4
 @contextmanager
 def staged(
     path,               # of the file

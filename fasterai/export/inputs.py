@@ -63,6 +63,7 @@ def _reset(model):
     "Without a state from the call before"
     if callable(f := getattr(model, 'reset', None)): f()
 
+# %% ../../nbs/export/inputs.ipynb #9d6ea280
 def outputs(
     o,                                  # what a model returned
 ) -> dict[str,torch.Tensor]:
@@ -198,6 +199,7 @@ def trials(
             res.append((f'another {name}', fits))
     return res
 
+# %% ../../nbs/export/inputs.ipynb #30ab3f6f
 def batches_of(
     model: nn.Module,
     data,                           # see `Batches`

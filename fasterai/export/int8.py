@@ -174,6 +174,7 @@ def quantize_onnx(
     _warn(res, min_agreement)
     return res
 
+# %% ../../nbs/export/int8.ipynb #5f71f96e
 def _keep_metadata(path, dense):
     "What a Learner stored goes with the file"
     import onnx

@@ -45,6 +45,7 @@ def _wider(im, step):
 
 _STEPS = dict(resize=_resized, wider=_wider, centre=lambda im,step: _crop_pad(im, step['size'], _centre(im, step['size']), step))
 
+# %% ../../nbs/export/items.ipynb #32039485
 def image_array(
     item: Any,              # path, bytes, Pillow image, or array (height, width, channels) of uint8
     mode: str,              # 'RGB' or 'L'

@@ -20,7 +20,7 @@ from fastai.torch_core import TensorImage, get_model
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fasttransform import Pipeline
-from ..core.learner import _running
+from ..core.validate import check_idle
 from ..core.batches import _rng_kept, left_as_found, run_batches
 from fasterai.export.about import (columns_of, images_of, kind_of, mode_of, numbers_of, rows_as_tensors, rows_to_try, scaling_of, steps_of,
     vocab_of)
@@ -113,8 +113,7 @@ def _about(learn, kind, decode, normalize, served):
 # %% ../../nbs/export/learner.ipynb #b527afa7
 def _check_learner(learn, what, whole=False, opts={}):
     "Raise where the Learner cannot predict now, or the file could not predict as it does"
-    if _running(learn, 'fit') or learn.lock.locked():
-        raise RuntimeError(f'learn.{what} predicts with the model, which cannot be done while fit, validate or get_preds runs: call it afterwards.')
+    check_idle(learn, what, 'predicts with the model')
     if not whole: return
     if opts.get('dynamic', 'auto') is False:
         raise ValueError('dynamic=False makes a file for one number of rows, and predict takes one item at a time: leave it out, '
@@ -125,6 +124,7 @@ def _check_learner(learn, what, whole=False, opts={}):
 
 _CLOSE = 1e-4       # largest difference of a probability, or of a value relative to its size
 
+# %% ../../nbs/export/learner.ipynb #2332aff5
 def _wanted(learn, kind, item):
     "What the Learner predicts: values or probabilities"
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():

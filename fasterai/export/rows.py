@@ -58,6 +58,7 @@ def _ahead(p, x, scale):
     nodes.append(_node('Div', [x, f'{tag}_scale'], f'{tag}_one'))
     return nodes,f'{tag}_one',f'{tag}_scale'
 
+# %% ../../nbs/export/rows.ipynb #960fffc3
 def rows_to_one(
     p: Products,                        # its graph is changed
     scales: dict[str,np.ndarray|None],  # input -> smoothing (n,), see `smoothing`

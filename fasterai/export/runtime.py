@@ -95,6 +95,7 @@ class ONNXModel:
                 'call the model with arrays.')
         return _decoded(self.learner, self(*(a[None] for a in _arrays(self, item))))
 
+# %% ../../nbs/export/runtime.ipynb #2fa44560
 def _arrays(model, item):
     "The inputs for one item"
     about = model.learner

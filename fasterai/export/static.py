@@ -33,6 +33,7 @@ def _in_front(proto, nodes):
         if p is not None and p.name in nodes: res[n.name] = p.name
     return res
 
+# %% ../../nbs/export/static.ipynb #ef23e6e4
 class _Reader:
     "Batches for the calibration of ONNX Runtime"
     def __init__(self, feeds): self.feeds = iter(feeds)

@@ -29,6 +29,7 @@ def is_text_classifier(
     if not isinstance(m, nn.Sequential) or len(m) != 2: return False
     return isinstance(m[0], SentenceEncoder) and isinstance(m[0].module, AWD_LSTM) and type(m[1]) is PoolingLinearClassifier
 
+# %% ../../nbs/export/text.ipynb #0198a661
 class OnePass(nn.Module):
     "A text classifier for whole texts; parts are taken over from `clf`"
     def __init__(self,

@@ -6,7 +6,7 @@
 __all__ = ['write_result', 'disk_bytes', 'run_example', 'run_job']
 
 # %% ../../nbs/lowrank/cli.ipynb #c9fd02a1
-import os, pickle, sys, tempfile, time, warnings
+import os, sys, tempfile, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 import pandas as pd
 import torch.distributed as dist
-from fastai.learner import Learner, load_learner
+from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.callback import schedule
@@ -27,7 +27,8 @@ from ..core.distributed import world
 from ..core.distill import SelfDistillation
 from ..core.files import _umask
 from ..core.modules import count_params
-from ..core.weights import _CALL_ERRORS, _first_line, build_arch, load_weights
+from ..core.script import load_export
+from ..core.weights import build_arch, load_weights
 from .checkpoint import decompose_checkpoint
 from .decide import make_plan
 from .plan import DecompositionPlan
@@ -151,13 +152,7 @@ def _plain(fc, learn, epochs, say):
 # %% ../../nbs/lowrank/cli.ipynb #9a6dc446
 def _load_export(path):
     "The Learner in a file of `learn.export`; the risk of a pickle was accepted"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='load_learner', category=UserWarning)
-            learn = load_learner(path)
-    except (pickle.UnpicklingError, *_CALL_ERRORS, OSError, EOFError, IndexError) as e:
-        raise ValueError(f'{path} cannot be loaded by load_learner: {_first_line(e)}.') from None
-    if not isinstance(learn, Learner): raise ValueError(f'{path} holds a {type(learn).__name__}, not a Learner.')
+    learn = load_export(path)
     if learn.__dict__.get('_dense') is not None: raise ValueError(f'{path}: {_DECOMPOSED}')
     return learn
 

@@ -24,7 +24,8 @@ from .decide import make_plan
 from .plan import DecompositionPlan
 from .ranks import FixedRank, PerLayer, Policy, RankRatio, mk_policy
 from .search import RATIOS, RankSuggestion, rank_find
-from ..core.learner import _check_now, _compressed, _dense_of, _direction, _metric_index, _running, _with_model
+from ..core.learner import _check_now, _compressed, _dense_of
+from ..core.validate import check_idle, measured_by
 
 # %% ../../nbs/lowrank/learner.ipynb #5db4205a
 def _one_policy(rank_ratio, policy):
@@ -173,9 +174,7 @@ def undecompose(self:Learner) -> Learner: # itself
 # %% ../../nbs/lowrank/learner.ipynb #ed1e6832
 def _check_search(learn, types=()):
     "Raise where the Learner cannot validate now, or has nothing to decompose"
-    if _running(learn, 'fit') or learn.lock.locked():
-        raise RuntimeError('learn.rank_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
-            'call it afterwards.')
+    check_idle(learn, 'rank_find')
     if not _decomposed(learn): return
     if not any(o.can for o in _rows(learn, types=types)):
         raise ValueError('this Learner is decomposed already, and no layer is left: call learn.undecompose() first, '
@@ -207,11 +206,8 @@ def rank_find(self:Learner,
     "The smallest budget that keeps the metric on the whole validation set, and the curve; the Learner is left unchanged"
     _check_places(max_drop=max_drop, metric=None if callable(metric) else metric, data=data)
     _check_search(self, types)
-    i,name = _metric_index(self, metric)
-    def evaluate(m):
-        with _with_model(self, m), self.no_bar(): return self.validate()[i]
-    res = rank_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, metric=name, ratios=ratios, refine=refine,
-        cost=cost, round_to=round_to, higher_is_better=_direction(name, higher_is_better), n_batches=n_batches, sensitivity=sensitivity,
-        layers=layers, exclude=exclude, types=types)
+    evaluate,how = measured_by(self, metric, higher_is_better)
+    res = rank_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, ratios=ratios, refine=refine,
+        cost=cost, round_to=round_to, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude, types=types, **how)
     if show_plot: res.plot()
     return res

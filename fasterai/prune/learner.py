@@ -12,21 +12,11 @@ import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from ..core.batches import _short
-from ..core.learner import _check_now, _compressed, _direction, _metric_index, _running, _with_model
+from ..core.learner import _check_now, _compressed
+from ..core.validate import check_idle, given_plan, measured_by
 from .plan import PruningPlan
 from .pruner import Pruner
 from .search import _RATIOS, PruneSuggestion, prune_find
-
-# %% ../../nbs/prune/learner.ipynb #36012f16
-def _given(plan, others):
-    "`plan`, or that of a suggestion, checked"
-    if isinstance(plan, PruneSuggestion):
-        if plan.plan is None: raise ValueError('the search found no budget that keeps the metric: allow a larger max_drop.')
-        plan = plan.plan
-    if not isinstance(plan, PruningPlan): raise TypeError(f'plan must be a PruningPlan, got {_short(plan)}.')
-    if others: raise ValueError('a plan says which units stay: pass it without budget, layers, exclude and the like.')
-    return plan
 
 # %% ../../nbs/prune/learner.ipynb #0e1472b1
 @patch
@@ -45,7 +35,7 @@ def prune(self:Learner,
     pruner = Pruner(budget, **kwargs)
     with torch.autocast('cuda', enabled=False):     # a callback may be called inside of mixed precision
         if plan is None: plan = pruner.plan(self.model, self.dls if data is None else data, n_batches=n_batches, loss=loss)
-        else: plan = _given(plan, budget != 0.5 or kwargs)
+        else: plan = given_plan(plan, PruningPlan, ['budget']*(budget != 0.5) + [*kwargs])
         if plan.compensate and plan.data is None and data is None: data = self.dls     # a plan from a file
         small = plan.apply(self.model, data, n_batches=n_batches)
     return _compressed(self, small, replace(plan, data=None))
@@ -67,13 +57,9 @@ def prune_find(self:Learner,
     **kwargs
 ) -> PruneSuggestion:                       # `learn.prune(plan=…)` applies it
     "The smallest budget that keeps the metric on the whole validation set, and the curve; the Learner is left unchanged"
-    if _running(self, 'fit') or self.lock.locked():
-        raise RuntimeError('learn.prune_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
-                           'call it afterwards.')
-    i,name = _metric_index(self, metric)
-    def evaluate(m):
-        with _with_model(self, m), self.no_bar(): return self.validate()[i]
-    res = prune_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, metric=name, ratios=ratios, refine=refine,
-        higher_is_better=_direction(name, higher_is_better), n_batches=n_batches, loss=loss, **kwargs)
+    check_idle(self, 'prune_find')
+    evaluate,how = measured_by(self, metric, higher_is_better)
+    res = prune_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, ratios=ratios, refine=refine,
+        n_batches=n_batches, loss=loss, **how, **kwargs)
     if show_plot: res.plot()
     return res

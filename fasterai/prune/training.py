@@ -6,12 +6,10 @@
 __all__ = ['PruneStep', 'PruneCallback', 'narrowed']
 
 # %% ../../nbs/prune/training.ipynb #702e6c90
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from numbers import Real
 from typing import Literal
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
@@ -20,8 +18,9 @@ from fastai.torch_core import join_path_file
 from fastcore.basics import patch
 from ..core.batches import _short
 from ..core.distributed import gathered
-from ..core.learner import _Kept, _dense_of, _kept, _running, _swap
+from ..core.learner import _Kept, _dense_of, _kept, _swap
 from ..core.modules import count_params
+from ..core.schedule import check_schedule, due_batches, only_validates
 from .cost import count_macs
 from .example import small_example
 from .groups import find_groups
@@ -41,30 +40,6 @@ class PruneStep:
     batch: int      # since the beginning of the fit
     budget: float   # share of the cost that may stay, by the schedule
     share: float    # that stays
-
-def _span(epochs, n, every, start, end):
-    "First and last batch at which a step is due, and how far apart steps are, in a fit of `epochs` times `n` batches"
-    total,k = epochs*n, n if every == 'epoch' else every
-    first = math.ceil(start*total/k - 1e-9)*k
-    last = min(math.floor(end*total/k + 1e-9), (total-1)//k)*k
-    if last < first: raise ValueError(
-        f'no step falls between start={start:g} and end={end:g} of this fit: it has {epochs} epochs of {n} batches, and with '
-        f'every={every!r} steps are due every {k} batches. Pass a smaller number, as every={max(1, int((end-start)*total/4))}, '
-        'or train more.')
-    return first, last, k
-
-# %% ../../nbs/prune/training.ipynb #5924e8c0
-def _check_times(schedule, budget, start, end, every):
-    for k,v in dict(start=start, end=end).items():
-        if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= 1:
-            raise ValueError(f'{k} must be in [0, 1], a share of the training, got {_short(v)}.')
-    if start > end: raise ValueError(f'start must not be after end, got start={start:g}, end={end:g}.')
-    if every != 'epoch' and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ValueError(f"every must be 'epoch' or a number of batches of at least 1, got {_short(every)}.")
-    if not callable(schedule):
-        raise TypeError(f'schedule must be a function of the progress from 0 to 1, as SchedCos(1., {budget:g}), got {_short(schedule)}.')
-    if abs((at := float(schedule(1.))) - budget) > 1e-6:
-        raise ValueError(f'the schedule ends at {at:g}, the budget is {budget:g}. Pass one that ends there, as SchedCos(1., {budget:g}).')
 
 # %% ../../nbs/prune/training.ipynb #a2d91f52
 class PruneCallback(Callback):
@@ -91,7 +66,7 @@ class PruneCallback(Callback):
         self.pruner = Pruner(budget, cost=cost, score=score, compensate=False, heads=heads, layers=layers, exclude=exclude,
                              round_to=round_to, min_keep=min_keep)
         self.schedule = SchedCos(1., budget) if schedule is None else schedule
-        _check_times(self.schedule, budget, start, end, every)
+        check_schedule(self.schedule, 1., budget, 'budget', start=start, end=end, every=every)
         self.start,self.end,self.every,self.fname,self.steps = start,end,every,fname,[]
         self._clear()
 
@@ -180,17 +155,13 @@ def _agreed_on(plan):
                            'and begin with the same weights.')
     return plan
 
-def _validates(learn):
-    "Does the event come from `validate` or `get_preds`, which fastai begins and ends like a fit?"
-    return _running(learn, '__enter__') or _running(learn, '__exit__')
-
 @patch
 def before_fit(self:PruneCallback):
-    if _validates(self.learn): return
+    if only_validates(self.learn): return
     self._clear()
     if hasattr(self.learn, 'lr_finder'): return
     _check_learner(self.learn)
-    at,self.steps = _span(self.n_epoch, len(self.dls.train), self.every, self.start, self.end),[]
+    at,self.steps = due_batches(self.n_epoch, len(self.dls.train), self.every, self.start, self.end),[]
     self._now,self._example,self._base = self.model,small_example(self.model, self.learn.dls),_last(self.learn)
     if self._base is None: self._groups,share = find_groups(self.model, self._example, heads=self.pruner.heads),1.
     else:
@@ -203,12 +174,12 @@ def before_fit(self:PruneCallback):
 
 @patch
 def after_epoch(self:PruneCallback):
-    if self.fname is None or self._at is None or _validates(self.learn) or (plan := _last(self.learn)) is None: return
+    if self.fname is None or self._at is None or only_validates(self.learn) or (plan := _last(self.learn)) is None: return
     plan.save(join_path_file(f'{self.fname}_{self.epoch}', self.learn.path/self.learn.model_dir, ext='.json'), overwrite=True)
 
 @patch
 def after_fit(self:PruneCallback):
-    if not _validates(self.learn): self._clear()
+    if not only_validates(self.learn): self._clear()
 
 # %% ../../nbs/prune/training.ipynb #fff49455
 @patch

@@ -22,13 +22,14 @@ from ..core.modules import _FLOATS, LinearSite, _warn_user
 from ..core.names import _build, _emptied, _from_config, _key, _loaded, _matched, _renamer
 from ..core.store import _store_of
 from ..core.stream import _architecture, _finish, _Meter, _ordered, _Piece, _PLAN, _Run, _stored_layers, _write_shard, _written_to
-from .find import EmbeddingSite, batched_weight, find_layers
+from ..core.matrices import check_weight, seen_note, weights_of
+from .find import EmbeddingSite, find_layers
 from .formats import Half
 from .layers import QuantLayer, packed
 from .measure import Pricer
-from .plan import QuantizationPlan, QuantRow, _check_finite, _empty
+from .plan import QuantizationPlan, QuantRow, _empty
 from .policies import ByteBudget
-from .quantizer import Quantizer, _calibrated, _for, _row
+from .quantizer import Quantizer, _for, _row
 from .rounding import Rounding, _scale_dtype
 
 # %% ../../nbs/quantize/checkpoint.ipynb #e5449283
@@ -44,7 +45,7 @@ class _Rounder:
     def __call__(self, src, site, row, device):
         if self.last[0] is not src:
             s = _held(site, src.read().to(device))
-            _check_finite(s)
+            check_weight(s)
             t = packed(Pricer(s, self.stats.get(site.name), rounding=self.rounding)(row.format).rounded)
             self.last = src, t | dict(scales=t['scales'].to(getattr(torch, row.scales)))
         return self.last[1]
@@ -108,8 +109,8 @@ def _looked(sites, stored, run):
     with _Meter([stored[s.name].nbytes for s in todo], 'reading') as meter:
         for s in todo:
             held = _held(s, stored[s.name].read())
-            _check_finite(held)
-            wide = _scale_dtype(batched_weight(held), 8) is torch.float32 or isinstance(s, EmbeddingSite)
+            check_weight(held)
+            wide = _scale_dtype(weights_of(held), 8) is torch.float32 or isinstance(s, EmbeddingSite)
             seen[s.name] = 'float32' if wide else 'float16'
             run.note([s.name, seen[s.name]], 0)
             meter.step()
@@ -141,7 +142,7 @@ class _Job:
         rows |= {n: replace(rows[n], itemsize=t.torch_dtype.itemsize) for n,t in self.stored.items()}
         for s in todo: rows[s.name] = replace(rows[s.name], format=replace(_for(s, formats[s.name]), activations='float'),
                                               calibrated=s.name in self.stats, scales=scales[s.name])
-        return QuantizationPlan(tuple(rows.values()), repr(self.q), self.params, _calibrated(self.stats), self.ck.nbytes)
+        return QuantizationPlan(tuple(rows.values()), repr(self.q), self.params, seen_note(self.stats), self.ck.nbytes)
 
 # %% ../../nbs/quantize/checkpoint.ipynb #a6d3babb
 @torch.no_grad()
@@ -205,6 +206,7 @@ def _set_dtypes(model, ck):
         if isinstance(m, QuantLayer) and (m.bias is not None or kinds):
             m._dtype = m.bias.dtype if m.bias is not None else kinds.most_common(1)[0][0]
 
+# %% ../../nbs/quantize/checkpoint.ipynb #299e5d32
 def load_quantized(
     model: nn.Module|Callable[[],nn.Module]|None,   # function that builds the dense model, a dense model, or None where config.json says it
     path: str|os.PathLike,                          # written by `quantize_checkpoint`

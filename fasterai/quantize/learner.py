@@ -11,24 +11,14 @@ from typing import Any
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from ..core.batches import _short
-from ..core.learner import _check_now, _compressed, _direction, _metric_index, _running, _with_model
+from ..core.learner import _check_now, _compressed
+from ..core.validate import check_idle, given_plan, measured_by
 from ..core.modules import _warn_user
 from .plan import QuantizationPlan
 from .quantizer import Quantizer
 from .search import BitSuggestion, bit_find as _bit_find
 
 # %% ../../nbs/quantize/learner.ipynb #2966ac75
-def _given(plan, others):
-    "`plan`, or that of a suggestion, checked"
-    if isinstance(plan, BitSuggestion):
-        if plan.plan is None: raise ValueError('the search found no format that keeps the metric: allow a larger max_drop.')
-        plan = plan.plan
-    if not isinstance(plan, QuantizationPlan):
-        raise TypeError(f'plan must be a QuantizationPlan, such as Quantizer(8).plan makes, got {_short(plan)}.')
-    if others: raise ValueError(f'plan= is given, which has decided about each layer: leave out {", ".join(others)}.')
-    return plan
-
 @patch
 @delegates(Quantizer)
 def quantize(self:Learner,
@@ -42,7 +32,7 @@ def quantize(self:Learner,
 ) -> Learner:                                   # itself
     "Replace the model by its quantized copy and drop the optimizer; `learn.plans` shows what was done, `learn.uncompress()` goes back"
     _check_now(self, 'quantize')
-    if plan is not None: plan = _given(plan, ['bits']*(bits != 8) + [*kwargs])
+    if plan is not None: plan = given_plan(plan, QuantizationPlan, ['bits']*(bits != 8) + [*kwargs])
     data = self.dls if data is None else data
     if plan is None: plan = Quantizer(bits, **kwargs).plan(self.model, data, n_batches=n_batches, loss=loss)
     if not plan.replaced:
@@ -66,13 +56,8 @@ def bit_find(self:Learner,
     **kwargs
 ) -> BitSuggestion:                         # `learn.quantize(plan=…)` applies it
     "The fewest bytes that keep the metric on the whole validation set, and the curve; the Learner is left unchanged"
-    if _running(self, 'fit') or self.lock.locked():
-        raise RuntimeError('learn.bit_find validates the model many times, which cannot be done while fit, validate or get_preds runs: '
-                           'call it afterwards.')
-    i,name = _metric_index(self, metric)
-    def evaluate(m):
-        with _with_model(self, m), self.no_bar(): return self.validate()[i]
-    res = _bit_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, metric=name, n_batches=n_batches,
-                    higher_is_better=_direction(name, higher_is_better), **kwargs)
+    check_idle(self, 'bit_find')
+    evaluate,how = measured_by(self, metric, higher_is_better)
+    res = _bit_find(self.model, evaluate, self.dls if data is None else data, max_drop=max_drop, n_batches=n_batches, **how, **kwargs)
     if show_plot: res.plot()
     return res

@@ -16,7 +16,8 @@ from ..core.convs import ConvSite
 from ..core.inputs import InputCollector, Inputs
 from ..core.modules import LinearSite, _double, _warn_user
 from ..core.moments import Moments
-from .find import EmbeddingSite, batched_second, batched_weight, taken_up, variation
+from ..core.matrices import second_moments, taken_by_bias, weights_of
+from .find import EmbeddingSite, variation
 from .formats import Half, Int
 from .layers import packed
 from .rounding import Rounded, Rounding, feedback_factors, output_error, round_weight
@@ -71,9 +72,9 @@ class Pricer:
         *,
         rounding: Rounding = 'auto',
     ):
-        self.W,self.H,self.rounding = batched_weight(s).float(),H,rounding
-        self.S = None if o is None else batched_second(o, s)
-        self.mean = None if o is None or getattr(s.module, 'bias', None) is None else taken_up(o, s)
+        self.W,self.H,self.rounding = weights_of(s).float(),H,rounding
+        self.S = None if o is None else second_moments(o, s)
+        self.mean = None if o is None or getattr(s.module, 'bias', None) is None else taken_by_bias(o, s)
         self.total = float(_double(self.W).square().sum()) if o is None else variation(self.W, o, s)
         self.factors = None
 

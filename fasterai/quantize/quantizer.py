@@ -15,16 +15,17 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _short
 from ..core.calibrate import Calibration
-from ..core.check import check_runs, first_batch
+from ..core.check import check_runs
 from ..core.convs import ConvSite
 from ..core.inputs import Inputs
-from ..core.modules import _warn_user, count_params, select
-from .find import EmbeddingSite, batched_weight, find_layers
+from ..core.matrices import check_weight, first_run, given_moments, left_out, mark_of, model_bytes, seen_note, tupled, warn_far, weights_of
+from ..core.modules import _warn_user, count_params
+from .find import EmbeddingSite, find_layers
 from .formats import Half, Int, weight_bytes
 from .layers import QuantLayer
 from .measure import Pricer, moments_for
 from .packing import int8_works
-from .plan import QuantizationPlan, QuantRow, _check_finite, _mark, model_bytes
+from .plan import QuantizationPlan, QuantRow
 from .policies import ByteBudget, LayerPrice, mk_bits
 from .rounding import Rounding
 
@@ -47,7 +48,7 @@ class Quantizer:
         if rounding not in ('auto', 'nearest', 'feedback'):
             raise ValueError(f"rounding must be 'auto', 'nearest' or 'feedback', got {_short(rounding)}.")
         self.policy = mk_bits(bits if policy is None else policy)
-        self.layers,self.exclude = map(_tupled, (layers, exclude))
+        self.layers,self.exclude = map(tupled, (layers, exclude))
         self.types = (types,) if isinstance(types, type) else tuple(types)
         for o in self.types:
             if not isinstance(o, type): raise TypeError(f'types takes classes of layers, such as types=(MyLinear,), got {_short(o)}.')
@@ -56,8 +57,6 @@ class Quantizer:
     def __repr__(self):
         usual = dict(layers=None, exclude=None, types=(), embeddings=False, rounding='auto')
         return f'Quantizer({self.policy!r}{"".join(f", {k}={getattr(self, k)!r}" for k,v in usual.items() if getattr(self, k) != v)})'
-
-def _tupled(x): return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else x
 
 # %% ../../nbs/quantize/quantizer.ipynb #2ff94b8b
 def _can(s, f):
@@ -75,12 +74,7 @@ def _for(s, f):
 def _reasons(self:Quantizer, model, sites):
     "Layers that stay: first name -> why"
     names = {s.name: s.names for s in sites}
-    known = [n for n,_ in model.named_modules(remove_duplicate=False) if n]
-    res = {}
-    if self.layers is not None:
-        chosen = select(names, self.layers, 'layers')
-        res |= {n: 'not among layers' for n in names if n not in chosen}
-    if self.exclude is not None: res |= dict.fromkeys(select(names, self.exclude, 'exclude', known), 'excluded')
+    res = left_out(model, names, self.layers, self.exclude)
     self.policy.check(names)
     for n,why in self.policy.left_out(names).items(): res.setdefault(n, why)
     return res | {s.name: s.reason for s in sites if s.reason}
@@ -88,7 +82,7 @@ def _reasons(self:Quantizer, model, sites):
 def _row(s, why):
     "A layer that stays"
     w = getattr(s.module, 'weight', None)
-    shape = (s.out_features, s.in_features) if why and s.reason or w is None or w.ndim < 2 else tuple(batched_weight(s).flatten(0, 1).shape)
+    shape = (s.out_features, s.in_features) if why and s.reason or w is None or w.ndim < 2 else tuple(weights_of(s).flatten(0, 1).shape)
     size = w.element_size() if isinstance(w, torch.Tensor) and not isinstance(w, nn.parameter.UninitializedTensorMixin) else 4
     return QuantRow(s.name, s.kind, shape, itemsize=size, reason=why or '', aliases=s.names[1:], can=s.reason is None,
                     bias=getattr(s.module, 'bias', None) is not None)
@@ -112,7 +106,7 @@ def _look(self:Quantizer, model, data, n_batches, sensitivity, loss):
     sites = find_layers(model, types=self.types, embeddings=self.embeddings)
     why = self._reasons(model, sites)
     todo = [s for s in sites if s.name not in why]
-    for s in todo: _check_finite(s)
+    for s in todo: check_weight(s)
     stats = self._statistics(model, data, todo, n_batches, sensitivity, loss)
     return _Seen(sites, why, stats, self._prices(todo, stats), count_params(model), model_bytes(model), {})
 
@@ -128,10 +122,11 @@ def _choose(self:Quantizer, seen):
         if key not in seen.made: seen.made[key] = self._decide(s, rows[s.name], formats[s.name], seen.stats)
         rows[s.name],codes[s.name] = seen.made[key]
     total = sum(o.loss or 0 for o in rows.values())
-    notes = [f'{choice}' if choice else '', f'output error about {total**.5:.2g}' if total else '', _calibrated(seen.stats)]
+    notes = [f'{choice}' if choice else '', f'output error about {total**.5:.2g}' if total else '', seen_note(seen.stats)]
     return QuantizationPlan(tuple(rows.values()), repr(self), seen.params, '; '.join(filter(None, notes)), seen.bytes,
                             {n: c for n,c in codes.items() if c})
 
+# %% ../../nbs/quantize/quantizer.ipynb #cb08cd23
 @patch
 def plan(self:Quantizer,
     model: nn.Module,                   # any model; left unchanged
@@ -148,23 +143,6 @@ def plan(self:Quantizer,
     return res
 
 # %% ../../nbs/quantize/quantizer.ipynb #ef15909b
-def _calibrated(stats):
-    if not stats: return ''
-    most = max(o.rows for o in stats.values())
-    return f'calibrated on {stats.batches} batch{"es"[:2*(stats.batches != 1)]}, {most:,} row{"s"[:most != 1]}'
-
-def _given(data, sites):
-    "Moments that were collected before, checked"
-    if isinstance(data, Calibration) and data.inputs is None:
-        raise ValueError('these statistics hold no moments of inputs: collect them with calibrate(…, inputs=True, patches=True).')
-    stats = data if isinstance(data, Inputs) else data.inputs
-    for s in sites:
-        if (o := stats.get(s.name)) is None or isinstance(s, EmbeddingSite): continue
-        B,_,n = batched_weight(s).shape
-        if len(o.mean) != B*n: raise ValueError(f'the moments of {s.name!r} are of {len(o.mean)} {o.kind}, its weight has {B*n} inputs. '
-            'Convolutions need those of patches: collect_inputs(…, patches=True).')
-    return stats
-
 @patch
 def _statistics(self:Quantizer, model, data, sites, n_batches, sensitivity, loss):
     if sensitivity not in (True, False, None, 'auto', 'full', 'diag'):
@@ -172,7 +150,8 @@ def _statistics(self:Quantizer, model, data, sites, n_batches, sensitivity, loss
     if data is None:
         if loss is not None or sensitivity in (True, 'full', 'diag'): raise ValueError('sensitivity and loss= need data: pass data= too.')
         return Inputs({})
-    if isinstance(data, (Inputs, Calibration)): return _given(data, sites)
+    if isinstance(data, (Inputs, Calibration)): 
+        return given_moments(data, [s for s in sites if not isinstance(s, EmbeddingSite)])
     wanted = self.policy.wants_sensitivity or loss is not None
     how = {True: 'full', 'auto': 'full' if wanted else None}.get(sensitivity, sensitivity or None)
     return moments_for(model, data, sites, n_batches, how, loss)
@@ -188,7 +167,7 @@ def _prices(self:Quantizer, sites, stats):
     pricers = {s.name: self._pricer(s, stats) for s in sites}
     most = max([p.error(p.W, p.H) for p in pricers.values() if p.H is not None and p.S is not None], default=1.)
     def price(s):
-        (m,n),p = batched_weight(s).flatten(0, 1).shape,pricers[s.name]
+        (m,n),p = weights_of(s).flatten(0, 1).shape,pricers[s.name]
         def loss(f):
             c = p(_for(s, f))
             return c.error**2*most if c.loss is None else max(0., c.loss)
@@ -208,7 +187,7 @@ def _decide(self:Quantizer, s, row, f, stats):
     row = replace(row, error=error, loss=loss, reason=_remark(s, stats, c.rounded))
     if c.rounded is None: return row, None
     if c.rounded.scales.dtype is torch.float32: row = replace(row, scales='float32')
-    return replace(row, rounding=c.rounded.how), c.codes | dict(mark=_mark(s))
+    return replace(row, rounding=c.rounded.how), c.codes | dict(mark=mark_of(s))
 
 # %% ../../nbs/quantize/quantizer.ipynb #32a12237
 def _remark(s, stats, r):
@@ -219,8 +198,6 @@ def _remark(s, stats, r):
     if o is not None and o.few: res.append(f'seen on {o.rows:,} rows for {len(o.mean):,} inputs')
     return '; '.join(res)
 
-_FAR = .6   # relative output error from which errors of layers no longer add up
-
 @patch
 def _warn(self:Quantizer, plan, data):
     "What a user would not expect"
@@ -229,9 +206,7 @@ def _warn(self:Quantizer, plan, data):
         why = 'no data' if data is None else 'no data that could be used'
         _warn_user(f'{why}: {len(low)} layers are rounded to nearest at {min(o.format.bits for o in low)} bits. '
                    'With data= the error is usually a third to a quarter of that.')
-    total = sum(o.loss or 0 for o in plan.replaced)
-    if total > _FAR**2: _warn_user(f'the predicted output error is {total**.5:.2g}: from {_FAR} on predictions are unreliable. Measure the '
-        'model, or give it more bytes.')
+    warn_far(plan, 'give it more bytes')
     if any(isinstance(o.format, Int) and o.format.dynamic for o in plan.replaced) and not int8_works():
         _warn_user("this machine has no product of 8-bit integers for activations='dynamic': these layers compute in floating point.")
 
@@ -247,11 +222,7 @@ def quantize(self:Quantizer,
     loss: Callable|None = None,         # as for `plan`
 ) -> nn.Module:                         # a new model, or `model`
     "A copy of `model` with packed weights: the same as `plan(model, data).apply(model)`"
-    if isinstance(data, nn.Module) and not isinstance(model, nn.Module):
-        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}, and data is the model: '
-            'pass the model first, then data.')
-    run = None
-    if data is not None and not isinstance(data, (Inputs, Calibration)): run,data = first_batch(model, data)
+    run,data = first_run(model, data)
     plan = self.plan(model, data, n_batches=n_batches, sensitivity=sensitivity, loss=loss)
     if not plan.replaced:
         why = f': {plan.skipped[0].name or "the model"}: {plan.skipped[0].reason}' if plan.skipped else ': it has no layer that could be'

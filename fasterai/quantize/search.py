@@ -11,7 +11,7 @@ from copy import copy
 from functools import lru_cache
 from torch import nn
 from ..core.search import Suggestion, check_search, find
-from .find import mb
+from ..core.matrices import readable
 from .formats import BITS, Half, mk_format
 from .layers import HalfLinear, QuantLayer
 from .policies import ByteBudget, Uniform
@@ -44,7 +44,7 @@ class BitSuggestion(Suggestion):
     @property
     def saved(self) -> str:
         "What the suggestion saves"
-        return f'{mb(self.plan.bytes)} → {mb(self.plan.bytes_after)} ({self.size(self.plan)["share"] - 1:+.1%})'
+        return f'{readable(self.plan.bytes)} → {readable(self.plan.bytes_after)} ({self.size(self.plan)["share"] - 1:+.1%})'
 
 # %% ../../nbs/quantize/search.ipynb #6235a266
 def _share(prices, f):

@@ -15,11 +15,12 @@ from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.tracker import SaveModelCallback
 from fastcore.basics import patch
 from ..core.distill import SelfDistillation
-from ..core.learner import _Kept, _compressed, _dense_of, _running, _swap
-from .find import batched_weight, shaped
+from ..core.learner import _Kept, _compressed, _dense_of, _swap
+from ..core.matrices import as_weight, mark_of, weights_of
+from ..core.schedule import only_validates
 from .formats import Int
 from .layers import QuantLayer, packed, rounded_of, unpack
-from .plan import QuantizationPlan, _mark
+from .plan import QuantizationPlan
 from .policies import ByteBudget
 from .quantizer import Quantizer
 from .rounding import nearest, recode
@@ -50,10 +51,6 @@ class QuantizeTraining(Callback):
         if name == 'learn' and value is None: self._clear()     # the callback is taken away, also after an error
 
 # %% ../../nbs/quantize/training.ipynb #03845eef
-def _validates(learn):
-    "Does the event come from `validate` or `get_preds`, which fastai begins and ends like a fit?"
-    return _running(learn, '__enter__') or _running(learn, '__exit__')
-
 def _check_learner(learn):
     "Raise where weights cannot be exchanged while the model trains"
     for k in 'distributed_trainer','parallel_trainer':
@@ -74,7 +71,7 @@ def _reopened(learn):
 # %% ../../nbs/quantize/training.ipynb #36165476
 @patch
 def before_fit(self:QuantizeTraining):
-    if _validates(self.learn): return
+    if only_validates(self.learn): return
     self._clear()
     if hasattr(self.learn, 'lr_finder'): return
     _check_learner(self.learn)
@@ -93,7 +90,7 @@ def before_fit(self:QuantizeTraining):
 def _scales(self:QuantizeTraining, s, before):
     "Scales of layer `s`: those that it had in this format, or the best for its weights"
     f = self._plan[s.name].format
-    return before[1] if before is not None and before[0] == f else nearest(batched_weight(s).float(), f)
+    return before[1] if before is not None and before[0] == f else nearest(weights_of(s).float(), f)
 
 # %% ../../nbs/quantize/training.ipynb #ec94e4d2
 @patch
@@ -103,7 +100,7 @@ def _round(self:QuantizeTraining):
     if self.model is not self._now: raise RuntimeError('something else replaced the model in this fit, so QuantizeTraining cannot go on.')
     for s,r in self._held:
         p = s.module.weight
-        rounded = shaped(s, recode(batched_weight(s), r).values).to(p.dtype)
+        rounded = as_weight(s, recode(weights_of(s), r).values).to(p.dtype).contiguous()
         self._away.append((p, p.data))
         p.data = rounded
 
@@ -136,17 +133,17 @@ def _packed(self:QuantizeTraining):
     "The plan with the codes of the trained weights"
     rows,codes = {},{}
     for s,r in self._held:
-        r,W = recode(batched_weight(s), r),batched_weight(s).float()
+        r,W = recode(weights_of(s), r),weights_of(s).float()
         error = float((W - r.values).norm()/W.norm().clamp(min=1e-30))
         rows[s.name] = replace(self._plan[s.name], rounding='trained', error=float(f'{error:.8g}'), loss=None, calibrated=False)
         if r.scales.dtype is torch.float32: rows[s.name] = replace(rows[s.name], scales='float32')
-        codes[s.name] = packed(r) | dict(mark=_mark(s))
+        codes[s.name] = packed(r) | dict(mark=mark_of(s))
     layers = tuple(rows.get(o.name, o) for o in self._plan.layers)
     return replace(self._plan, layers=layers, policy=repr(self), note='', rounded=codes)
 
 @patch
 def after_fit(self:QuantizeTraining):
-    if self._plan is None or _validates(self.learn): return
+    if self._plan is None or only_validates(self.learn): return
     self._restore()
     plan,learn = self._packed(),self.learn
     self._clear()

@@ -12,7 +12,8 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..core.batches import _short
-from ..core.learner import _check_now, _compressed, _direction, _metric_index, _running, _with_model
+from ..core.learner import _check_now, _compressed, _running
+from ..core.validate import check_idle, given_plan, measured_by
 from ..core.modules import _warn_user
 from ..core.search import Suggestion, check_search, find
 from .find import find_sparse
@@ -30,6 +31,10 @@ class SparsitySuggestion(Suggestion):
     def size(plan: SparsityPlan) -> dict:
         "Share of zeros, and bytes of a file of `save_sparse` and their share"
         return dict(sparsity=float(f'{plan.sparsity:.4f}'), bytes=plan.bytes_after, share=plan.bytes_after/plan.bytes if plan.bytes else 1.)
+    @staticmethod
+    def budgets(ratios) -> str:
+        "As the argument that asks for them"
+        return f'sparsities=({", ".join(f"{1 - r:g}" for r in ratios)},)'
     @property
     def label(self) -> str:
         "The share of zeros"
@@ -38,16 +43,6 @@ class SparsitySuggestion(Suggestion):
     def saved(self) -> str:
         "What the suggestion saves"
         return f'file {self.plan.bytes:,} → {self.plan.bytes_after:,} bytes ({self.size(self.plan)["share"] - 1:+.1%})'
-
-def _given(plan, others):
-    "`plan`, or that of a suggestion, checked"
-    if isinstance(plan, SparsitySuggestion):
-        if plan.plan is None: raise ValueError('the search found no sparsity that keeps the metric: allow a larger max_drop.')
-        plan = plan.plan
-    if not isinstance(plan, SparsityPlan):
-        raise TypeError(f'plan must be a SparsityPlan, such as Sparsifier(.5).plan makes, got {_short(plan)}.')
-    if others: raise ValueError(f'plan= is given, which has decided about each weight: leave out {", ".join(others)}.')
-    return plan
 
 # %% ../../nbs/sparse/learner.ipynb #46ad2c1b
 @patch
@@ -64,7 +59,7 @@ def sparsify(self:Learner,
 ) -> Learner:                                   # itself
     "Replace the model by its sparse copy and drop the optimizer; `learn.plans` shows what was done, `learn.uncompress()` goes back"
     _check_now(self, 'sparsify')
-    if plan is not None: plan = _given(plan, ['sparsity']*(sparsity != .5) + [*kwargs])
+    if plan is not None: plan = given_plan(plan, SparsityPlan, ['sparsity']*(sparsity != .5) + [*kwargs])
     data = self.dls if data is None else data
     with torch.autocast('cuda', enabled=False):     # a callback may be called inside of mixed precision
         if plan is None: plan = Sparsifier(sparsity, **kwargs).plan(self.model, data, n_batches=n_batches, loss=loss)
@@ -97,21 +92,19 @@ def sparsity_find(self:Learner,
     **kwargs
 ) -> SparsitySuggestion:                    # `learn.sparsify(plan=…)` applies it
     "The most zeros that keep the metric on the whole validation set, and the curve; the Learner is left unchanged"
-    if _running(self, 'fit') or self.lock.locked():
-        raise RuntimeError('learn.sparsity_find validates the model many times, which cannot be done while fit, validate or get_preds '
-                           'runs: call it afterwards.')
-    if isinstance(sparsities, Sequence): [_check_share(s, 'sparsities') for s in sparsities]
-    check_search(max_drop, [1 - s for s in sparsities] if isinstance(sparsities, Sequence) else sparsities, refine)
-    s,(i,name) = Sparsifier(**kwargs),_metric_index(self, metric)
+    check_idle(self, 'sparsity_find')
+    if isinstance(sparsities, str) or not isinstance(sparsities, Sequence) or not sparsities:
+        raise TypeError(f'sparsities must be a list of shares of zeros, each in [0, 1), got {_short(sparsities)}.')
+    for s in sparsities: _check_share(s, 'sparsities')
+    check_search(max_drop, [1 - s for s in sparsities], refine)
+    s,(evaluate,how) = Sparsifier(**kwargs),measured_by(self, metric, higher_is_better)
     if s.pattern.of:
         raise ValueError(f'pattern={s.pattern.name!r} makes one share of zeros only: there is nothing to find, use learn.sparsify.')
     sites = [o for o in find_sparse(self.model, types=s.types) if o.reason is None]
     stats = sparse_moments(self.model, self.dls if data is None else data, sites, n_batches, loss=loss)
-    def evaluate(m):
-        with _with_model(self, m), self.no_bar(): return self.validate()[i]
     def planned(ratio): return Sparsifier(round(1 - ratio, 9), **kwargs).plan(self.model, stats)
-    res = find(self.model, planned, evaluate, float(evaluate(self.model)), max_drop=max_drop, metric=name,
-               ratios=[1 - s for s in sparsities], refine=refine, higher_is_better=_direction(name, higher_is_better),
-               verb='sparsity_find', kind=SparsitySuggestion, size=lambda p: p.zeros)
+    res = find(self.model, planned, evaluate, float(evaluate(self.model)), max_drop=max_drop,
+               ratios=[1 - s for s in sparsities], refine=refine,
+               verb='sparsity_find', kind=SparsitySuggestion, size=lambda p: p.zeros, **how)
     if show_plot: res.plot()
     return res

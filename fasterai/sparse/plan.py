@@ -13,16 +13,16 @@ from typing import Any, ClassVar
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
-from ..core.convs import _CONVS
 from ..core.inputs import Inputs
+from ..core.matrices import (as_planned, as_weight, check_weight, check_module, mark_of, readable, same_mark, sites_for, stacked,
+    taken_by_bias, variants_in)
 from ..core.modules import LinearSite, _double, _warn_user, count_params
 from ..core.plan import Plan, Row
 from ..core.surgery import copy_with
 from ..core.zeros import packed_bytes
-from .find import as_weight, find_sparse, stacked
+from .find import find_sparse
 from .masks import mk_pattern
 from .resolve import _LAST, SparseLayer, sparse_moments
-from .solve import taken_by_bias
 
 # %% ../../nbs/sparse/plan.ipynb #0dae577f
 def pack_mask(
@@ -44,8 +44,6 @@ def unpack_mask(
     return torch.from_numpy(bits[:n].astype(bool)).view(shape)
 
 # %% ../../nbs/sparse/plan.ipynb #1c3e19bd
-def _mb(n): return f'{n/1e6:,.1f} MB' if n >= 1e6 else f'{n/1e3:,.1f} kB'
-
 @dataclass(frozen=True)
 class SparseRow(Row):
     "The decision about one layer"
@@ -132,8 +130,9 @@ class SparsityPlan(Plan):
     def title(self) -> str:
         share = f' ({self.bytes_after/self.bytes:.1%})' if self.bytes else ''
         return (f'{self.policy or "plan"}: {len(self.replaced)} of {len(self)} {self.becomes}, {self.sparsity:.1%} zeros in them, '
-                f'file {_mb(self.bytes)} → {_mb(self.bytes_after)}{share}{f"; {self.note}" if self.note else ""}')
+                f'file {readable(self.bytes)} → {readable(self.bytes_after)}{share}{f"; {self.note}" if self.note else ""}')
 
+# %% ../../nbs/sparse/plan.ipynb #c561a85e
 @patch
 def masks_of(self:SparsityPlan, name: str) -> torch.Tensor:
     "What stays of the weight of layer `name`, bool"
@@ -167,45 +166,17 @@ def edit(self:SparsityPlan,
     return replace(self, layers=tuple(map(new, self.layers)), policy=policy, solved=solved)
 
 # %% ../../nbs/sparse/plan.ipynb #4590cd78
-def _variants(model): return {type(m) for m in model.modules() if isinstance(m, (nn.Linear, *_CONVS))}
+def _size(s): return f'{s.kind}({"×".join(map(str, s.module.weight.shape))})'
 
 @patch
 def sites(self:SparsityPlan,
     model: nn.Module,               # the one that was planned for, or one like it
 ) -> dict[str,LinearSite]:
     "Every layer that changes, by name; raises where `model` is not what the plan was made for"
-    if not isinstance(model, nn.Module):
-        hint = '; pass learn.model' if isinstance(getattr(model, 'model', None), nn.Module) else ''
-        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}{hint}.')
-    found,other = {s.name: s for s in find_sparse(model, types=_variants(model))},'Was the plan made for another model?'
-    for o in self.replaced:
-        if (s := found.get(o.name)) is None:
-            raise ValueError(f'plan expects {o.name!r} to be {o.size}, the model has no such layer. {other}')
-        if s.reason: raise ValueError(f'{o.name!r} cannot be sparse in this model: {s.reason}.')
-        has = f'{s.kind}({"×".join(map(str, s.module.weight.shape))})'
-        if has != o.size: raise ValueError(f'plan expects {o.name!r} to be {o.size}, the model has {has}. {other}')
-        if (bias := getattr(s.module, 'bias', None) is not None) != o.bias: raise ValueError(
-            f'plan expects {o.name!r} {"with" if o.bias else "without"} bias, the model has it {"with" if bias else "without"}. {other}')
-    return {o.name: found[o.name] for o in self.replaced}
-
-def _check_finite(
-    s: LinearSite,
-):
-    "Raise for a weight that is not finite"
-    w = s.module.weight.detach()
-    if w.is_meta or not w.numel() or w.aminmax()[0].isfinite() and w.aminmax()[1].isfinite(): return
-    raise ValueError(f'the weight of {s.name or "the model"!r} has {int((~w.isfinite()).sum())} NaN or Inf of {w.numel()} values. '
-                     f'Repair it, or leave the layer out with exclude={s.name!r}.')
+    check_module(model)
+    return sites_for(self, find_sparse(model, types=variants_in(model)), _size, 'sparse')
 
 # %% ../../nbs/sparse/plan.ipynb #1572258a
-def _mark(s):
-    "Numbers that change with the weight"
-    W = _double(s.module.weight.detach()).flatten(1)
-    v = torch.randn(W.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(W.device)
-    return float(W.square().sum()), float((W @ v).square().sum())
-
-def _same(a, b): return all(abs(x - y) <= 1e-6*max(abs(x), abs(y)) for x,y in zip(a, b))
-
 def solution(
     layer: SparseLayer, # solved
 ) -> dict:
@@ -214,7 +185,7 @@ def solution(
     keep,shift = as_weight(s, ~layer.gone),None
     if layer.o is not None and getattr(s.module, 'bias', None) is not None:
         shift = ((_double(layer.W0) - _double(W)) @ taken_by_bias(layer.o, s)[..., None].to(W.device)).flatten()
-    return dict(values=as_weight(s, W)[keep], shift=shift, mark=_mark(s))
+    return dict(values=as_weight(s, W)[keep], shift=shift, mark=mark_of(s))
 
 # %% ../../nbs/sparse/plan.ipynb #937ce9d6
 @torch.no_grad()
@@ -231,7 +202,7 @@ def _news(self:SparsityPlan, sites, stats):
     lost = []
     for n,s in sites.items():
         row,has = self[n],self.solved.get(n)
-        if has is not None and stats is None and _same(has['mark'], _mark(s)): yield n, has; continue
+        if has is not None and stats is None and same_mark(has['mark'], mark_of(s)): yield n, has; continue
         if not row.calibrated: yield n, None; continue
         if stats is None: lost.append(n)
         yield n, None if stats is None or n not in stats else self._anew(s, row, stats)
@@ -257,14 +228,14 @@ def apply(self:SparsityPlan,
     "Put the zeros in"
     with torch.inference_mode(False), torch.no_grad():
         sites,before = self.sites(model),count_params(model)
-        for s in sites.values(): _check_finite(s)
+        for s in sites.values(): check_weight(s)
         masks = self.masks
         seen = [s for n,s in sites.items() if self[n].calibrated]
         stats = data if data is None or isinstance(data, Inputs) else sparse_moments(model, data, seen, n_batches, sensitivity=False)
         res = model if inplace else copy_with(model)
         mods = dict(res.named_modules())
         for n,new in self._news(sites, stats): _fill(mods[n], masks.pop(n), new)
-        return self._checked(res, before)
+        return as_planned(self, res, before)
 
 @patch
 def skeleton(self:SparsityPlan,
@@ -273,15 +244,3 @@ def skeleton(self:SparsityPlan,
     "A copy of `model` for `load_state_dict`: sparse layers are the layers that they were"
     self.sites(model)
     return copy_with(model)
-
-@patch
-def _checked(self:SparsityPlan, res, before):
-    "`res`, once it is sure that its zeros are as planned"
-    parts = dict(res.named_modules(remove_duplicate=False))
-    for o in self.replaced:
-        for n in o.names:
-            if (why := o.misfit(parts.get(n))):
-                raise RuntimeError(f'the result is not what was planned: {n!r} should be {o.promise}, there is {why}.')
-    if (n := count_params(res)) != before:
-        raise RuntimeError(f'the result is not what was planned: it has {n:,} parameters, not {before:,}.')
-    return res

@@ -18,9 +18,10 @@ from ..core.convs import ConvSite
 from ..core.inputs import InputCollector, Inputs
 from ..core.modules import LinearSite, _warn_user
 from ..core.moments import Moments
-from .find import channel_order, weights_of
+from ..core.matrices import second_moments, weights_of
+from .find import channel_order
 from .masks import Pattern, Scope, SparseScore, lowest, weight_scores
-from .solve import alternate, conjugate_gradients, diagonal, row_errors, second_moments
+from .solve import alternate, conjugate_gradients, diagonal, row_errors
 
 # %% ../../nbs/sparse/resolve.ipynb #ab9a3a67
 def sparse_moments(
@@ -47,6 +48,8 @@ def sparse_moments(
         return run(None)
 
 # %% ../../nbs/sparse/resolve.ipynb #52c1dfd2
+_RIDGE = 1e-4   # of the mean of the diagonal of the second moments, added to it
+
 _STAGES,_STEPS,_LAST = 8,10,40      # parts in which weights go; steps of conjugate gradients after each, and at the end
 
 class SparseLayer:
@@ -64,7 +67,7 @@ class SparseLayer:
 
     @property
     def shape(self) -> tuple: return tuple(self.W0.shape)
-    def moments(self): return None if self.o is None else tuple(C.to(self.W0) for C in second_moments(self.o, self.s))
+    def moments(self): return None if self.o is None else tuple(C.to(self.W0) for C in second_moments(self.o, self.s, ridge=_RIDGE))
     @property
     def final(self) -> torch.Tensor:
         "What it becomes (B, m, n), in its own dtype"

@@ -16,13 +16,13 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.batches import _short
 from ..core.calibrate import Calibration
-from ..core.check import check_runs, first_batch
+from ..core.check import check_runs
 from ..core.inputs import Inputs
+from ..core.matrices import as_weight, check_weight, first_run, given_moments, left_out, model_bytes, seen_note, tupled, warn_far
 from ..core.modules import _double, _warn_user, count_params, match_name, select
-from ..core.surgery import _span
-from .find import as_weight, find_sparse
+from .find import find_sparse
 from .masks import Pattern, Scope, SparseScore, mk_pattern
-from .plan import SparseRow, SparsityPlan, _check_finite, pack_mask, solution
+from .plan import SparseRow, SparsityPlan, pack_mask, solution
 from .resolve import SparseLayer, Update, solve_layers, sparse_moments
 
 # %% ../../nbs/sparse/sparsifier.ipynb #72ab447e
@@ -33,8 +33,6 @@ def _check_share(v, where='sparsity'):
     if isfinite(v) and 0 <= v < 1: return float(v)
     hint = ' All weights would be zero.' if v == 1 else f' For {v:g} % of zeros pass {v/100:g}.' if 1 < v < 100 else ''
     raise ValueError(f'{where} must be in [0, 1), the share of zeros, got {v}.{hint}')
-
-def _tupled(x): return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else x
 
 class Sparsifier:
     "Make weights of fully-connected layers and convolutions zero, and solve the others anew"
@@ -56,7 +54,7 @@ class Sparsifier:
         self.pattern,self.score,self.update,self.scope = mk_pattern(pattern),score,update,scope
         self.sparsity = self._shares(sparsity)
         if isinstance(self.sparsity, dict) and scope == 'global': self.scope = 'layer'
-        self.layers,self.exclude = map(_tupled, (layers, exclude))
+        self.layers,self.exclude = map(tupled, (layers, exclude))
         self.types = (types,) if isinstance(types, type) else tuple(types)
         for o in self.types:
             if not isinstance(o, type): raise TypeError(f'types takes classes of layers, such as types=(MyLinear,), got {_short(o)}.')
@@ -93,12 +91,7 @@ def _share(self:Sparsifier, names):
 def _reasons(self:Sparsifier, model, sites):
     "Layers that stay: first name -> why"
     names = {s.name: s.names for s in sites}
-    known = [n for n,_ in model.named_modules(remove_duplicate=False) if n]
-    res = {}
-    if self.layers is not None:
-        chosen = select(names, self.layers, 'layers')
-        res |= {n: 'not among layers' for n in names if n not in chosen}
-    if self.exclude is not None: res |= dict.fromkeys(select(names, self.exclude, 'exclude', known), 'excluded')
+    res = left_out(model, names, self.layers, self.exclude)
     if isinstance(self.sparsity, dict): select(names, [*self.sparsity], 'sparsity')
     for n,ns in names.items():
         if self._share(ns) is None: res.setdefault(n, 'not named in sparsity, or left alone by it')
@@ -139,7 +132,7 @@ def plan(self:Sparsifier,
     why = self._reasons(model, sites)
     todo = [s for s in sites if s.name not in why]
     for s in todo:
-        _check_finite(s)
+        check_weight(s)
         if s.module.weight.is_meta: raise ValueError(f'the weight of {s.name!r} is on the meta device and has no values: load them first.')
     stats = self._statistics(model, data, todo, n_batches, loss)
     if self.score in ('saliency', 'wanda'): why |= {s.name: _missing(stats, s.name) for s in todo if s.name not in stats}
@@ -148,6 +141,7 @@ def plan(self:Sparsifier,
     solve_layers(layers, zeros, total=self._total(layers), score=self.score, update=self.update, scope=self.scope)
     return self._planned(model, sites, why, layers, stats)
 
+# %% ../../nbs/sparse/sparsifier.ipynb #fe0ee128
 @patch
 def _total(self:Sparsifier, layers):
     "Weights that go of all layers together, None where each has its own number"
@@ -167,8 +161,8 @@ def _planned(self:Sparsifier, model, sites, why, layers, stats):
         rows[s.name] = _decided(rows[s.name], o, self.update, stats)
         if rows[s.name].changed: solved[s.name] = solution(o)
     total = sum(o.loss or 0 for o in rows.values())
-    notes = [f'output error about {total**.5:.2g}' if total else '', _calibrated(stats)]
-    res = SparsityPlan(tuple(rows.values()), repr(self), count_params(model), '; '.join(filter(None, notes)), _bytes(model),
+    notes = [f'output error about {total**.5:.2g}' if total else '', seen_note(stats)]
+    res = SparsityPlan(tuple(rows.values()), repr(self), count_params(model), '; '.join(filter(None, notes)), model_bytes(model),
                        self.pattern.name, solved)
     self._warn(res, stats)
     return res
@@ -196,48 +190,22 @@ def _remark(o, zeros, stats):
     if o.o is not None and o.o.few: res.append(f'seen on {o.o.rows:,} rows for {len(o.o.mean):,} inputs')
     return '; '.join(res)
 
-def _calibrated(stats):
-    if not stats: return ''
-    most = max(o.rows for o in stats.values())
-    return f'calibrated on {stats.batches} batch{"es"[:2*(stats.batches != 1)]}, {most:,} row{"s"[:most != 1]}'
-
-def _bytes(model):
-    "Bytes of all parameters and buffers that are saved, shared memory counted once"
-    return sum({_span(t): t.nbytes for t in model.state_dict(keep_vars=True).values()
-                if isinstance(t, torch.Tensor) and not isinstance(t, nn.parameter.UninitializedTensorMixin)}.values())
-
 # %% ../../nbs/sparse/sparsifier.ipynb #76719f18
 @patch
 def _statistics(self:Sparsifier, model, data, sites, n_batches, loss):
     if data is None:
         if loss is not None: raise ValueError('loss= needs data: pass data= too.')
         return Inputs({})
-    if isinstance(data, (Inputs, Calibration)): return _given(data, sites)
+    if isinstance(data, (Inputs, Calibration)): return given_moments(data, sites)
     how = self.score == 'saliency' or self.update == 'admm' or loss is not None
     return sparse_moments(model, data, sites, n_batches, sensitivity=how, loss=loss)
-
-def _given(data, sites):
-    "Moments that were collected before, checked"
-    if isinstance(data, Calibration) and data.inputs is None:
-        raise ValueError('these statistics hold no moments of inputs: collect them with calibrate(…, inputs=True, patches=True).')
-    stats = data if isinstance(data, Inputs) else data.inputs
-    for s in sites:
-        if (o := stats.get(s.name)) is None: continue
-        n = s.module.weight[0].numel()*getattr(s, 'groups', 1) if s.module.weight.ndim > 2 else s.in_features
-        if len(o.mean) != n: raise ValueError(f'the moments of {s.name!r} are of {len(o.mean)} {o.kind}, its weight has {n} inputs. '
-            'Convolutions need those of patches: collect_inputs(…, patches=True).')
-    return stats
-
-_FAR = .6   # relative output error from which errors of layers no longer add up
 
 @patch
 def _warn(self:Sparsifier, plan, stats):
     "What a user would not expect"
     if plan.replaced and not stats and self.update != 'none': _warn_user(
         "no data: the weights that stay are left as they are. With data= they make up for the others; update='none' avoids this warning.")
-    total = sum(o.loss or 0 for o in plan.replaced)
-    if total > _FAR**2: _warn_user(f'the predicted output error is {total**.5:.2g}: from {_FAR} on predictions are unreliable. Measure the '
-        'model, or keep more weights.')
+    warn_far(plan, 'keep more weights')
     if (empty := [o.name for o in plan.replaced if o.zeros == o.weights]):
         _warn_user(f"all weights of {', '.join(map(repr, empty[:3]))} are zero: no input passes. scope='layer' keeps some of each.")
 
@@ -252,11 +220,7 @@ def sparsify(self:Sparsifier,
     loss: Callable|None = None,         # as for `plan`
 ) -> nn.Module:                         # a new model, or `model`
     "A copy of `model` with zeros in its weights: the same as `plan(model, data).apply(model)`"
-    if isinstance(data, nn.Module) and not isinstance(model, nn.Module):
-        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}, and data is the model: '
-            'pass the model first, then data.')
-    run = None
-    if data is not None and not isinstance(data, (Inputs, Calibration)): run,data = first_batch(model, data)
+    run,data = first_run(model, data)
     plan = self.plan(model, data, n_batches=n_batches, loss=loss)
     if not plan.replaced:
         why = f': {plan.skipped[0].name or "the model"}: {plan.skipped[0].reason}' if plan.skipped else ': it has no layer that could be'

@@ -6,10 +6,8 @@
 __all__ = ['HoldZeros', 'hold_zeros', 'SparseStep', 'SparsifyCallback']
 
 # %% ../../nbs/sparse/training.ipynb #e6836102
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Literal
 import numpy as np, torch
 from fastai.callback.core import Callback
@@ -19,17 +17,14 @@ from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from ..core.batches import _short
-from ..core.learner import _dense_of, _Kept, _kept, _running, _unhook
+from ..core.learner import _dense_of, _Kept, _kept, _unhook
+from ..core.schedule import check_schedule, due_batches, only_validates
 from ..core.surgery import copy_with
 from .masks import Pattern, Scope, SparseScore
 from .plan import SparsityPlan
 from .sparsifier import Sparsifier
 
 # %% ../../nbs/sparse/training.ipynb #bbba6956
-def _validates(learn):
-    "Does the event come from `validate` or `get_preds`, which fastai begins and ends like a fit?"
-    return _running(learn, '__enter__') or _running(learn, '__exit__')
-
 def _held(learn):
     "Name of each weight that plans of `learn` made sparse -> what stays of it"
     mods,res = dict(get_model(learn.model).named_modules()),{}
@@ -43,6 +38,7 @@ def _held(learn):
             res[o.name] = keep & earlier if earlier is not None and earlier.shape == keep.shape else keep
     return res
 
+# %% ../../nbs/sparse/training.ipynb #8603bb45
 class HoldZeros(Callback):
     "After each step of the optimizer, zeros that `learn.sparsify` made are zero again; `learn.sparsify` adds it"
     order,run_valid,name = MixedPrecision.order - 5,False,'hold_zeros'
@@ -63,10 +59,10 @@ class HoldZeros(Callback):
         for n,keep in self.masks.items(): mods[n].weight.mul_(keep)
 
     def before_fit(self):
-        if not _validates(self.learn): self.take(_held(self.learn))
+        if not only_validates(self.learn): self.take(_held(self.learn))
     def after_step(self): self.hold()
     def after_fit(self):
-        if not _validates(self.learn): self.masks,self.model_held = {},None
+        if not only_validates(self.learn): self.masks,self.model_held = {},None
 
 def hold_zeros(learn) -> HoldZeros:
     "The callback that holds zeros in `learn`, added where there is none"
@@ -83,34 +79,14 @@ class SparseStep:
     sparsity: float     # share of zeros over the chosen layers, by the schedule
     zeros: int          # weights that are zero
 
-def _check_share_of(k, v):
-    if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= 1:
-        raise ValueError(f'{k} must be in [0, 1], a share of the training, got {_short(v)}.')
-
-def _check_schedule(schedule, sparsity, start, end, every, rewind):
-    for k,v in dict(start=start, end=end).items(): _check_share_of(k, v)
-    if start > end: raise ValueError(f'start must not be after end, got start={start:g}, end={end:g}.')
-    if every != 'epoch' and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ValueError(f"every must be 'epoch' or a number of batches of at least 1, got {_short(every)}.")
-    if rewind is not None and (isinstance(rewind, bool) or not isinstance(rewind, int) or rewind < 0):
-        raise ValueError(f'rewind must be the number of an epoch, from 0, or None, got {_short(rewind)}.')
-    if not callable(schedule):
-        raise TypeError(f'schedule must be a function of the progress from 0 to 1, as SchedCos(0., {sparsity:g}), got {_short(schedule)}.')
+def _check_range(schedule, sparsity):
     at = [float(schedule(i/50)) for i in range(51)]
-    if abs(at[-1] - sparsity) > 1e-6:
-        raise ValueError(f'the schedule ends at {at[-1]:g}, the sparsity is {sparsity:g}. '
-                         f'Pass one that ends there, as SchedCos(0., {sparsity:g}).')
     if min(at) < 0 or max(at) > sparsity + 1e-6:
         raise ValueError(f'the schedule goes from {min(at):g} to {max(at):g}: it must stay between 0 and {sparsity:g}.')
 
-def _due(epochs, n, every, start, end):
-    "First and last batch at which a step is due, and how far apart steps are, in a fit of `epochs` times `n` batches"
-    total,k = epochs*n,n if every == 'epoch' else every
-    first,last = math.ceil(start*total/k - 1e-9)*k,min(math.floor(end*total/k + 1e-9), (total-1)//k)*k
-    if last < first: raise ValueError(
-        f'no step falls between start={start:g} and end={end:g} of this fit, which has {epochs} epochs of {n} batches: steps are due '
-        f'every {k} batches. Pass a smaller every=, or train more.')
-    return first, last, k
+def _check_rewind(rewind):
+    if rewind is not None and (isinstance(rewind, bool) or not isinstance(rewind, int) or rewind < 0):
+        raise ValueError(f'rewind must be the number of an epoch, from 0, or None, got {_short(rewind)}.')
 
 # %% ../../nbs/sparse/training.ipynb #58dce56d
 class SparsifyCallback(Callback):
@@ -136,22 +112,29 @@ class SparsifyCallback(Callback):
                                      types=types)
         self.sparsity = self.sparsifier.sparsity
         self.schedule = SchedCos(0., self.sparsity) if schedule is None else schedule
-        _check_schedule(self.schedule, self.sparsity, start, end, every, rewind)
+        check_schedule(self.schedule, 0., self.sparsity, 'sparsity', start=start, end=end, every=every)
+        _check_range(self.schedule, self.sparsity)
+        _check_rewind(rewind)
         self.start,self.end,self.every,self.rewind,self.steps = start,end,every,rewind,[]
         self._clear()
 
-    def __repr__(self): return repr(self.sparsifier).replace('Sparsifier', 'SparsifyCallback', 1).replace(", update='none'", '')
-    def _clear(self): self._at,self._plan,self._saved = None,None,None
+# %% ../../nbs/sparse/training.ipynb #5a7be01c
+@patch
+def __repr__(self:SparsifyCallback):
+    return repr(self.sparsifier).replace('Sparsifier', 'SparsifyCallback', 1).replace(", update='none'", '')
+
+@patch
+def _clear(self:SparsifyCallback): self._at,self._plan,self._saved = None,None,None
 
 # %% ../../nbs/sparse/training.ipynb #f729f56a
 @patch
 def before_fit(self:SparsifyCallback):
-    if _validates(self.learn): return
+    if only_validates(self.learn): return
     self._clear()
     if hasattr(self.learn, 'lr_finder'): return
     if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs):
         raise ValueError('to_non_native_fp16 trains copies of the parameters, whose zeros cannot be kept: use learn.to_fp16().')
-    at,self.steps = _due(self.n_epoch, len(self.dls.train), self.every, self.start, self.end),[]
+    at,self.steps = due_batches(self.n_epoch, len(self.dls.train), self.every, self.start, self.end),[]
     if self.rewind is not None:
         if self.rewind*len(self.dls.train) > at[0]: raise ValueError(
             f'rewind={self.rewind} is after the first step, in epoch {at[0]//len(self.dls.train)}: pass a larger start, or less.')
@@ -204,6 +187,7 @@ def _take(self:SparsifyCallback, plan):
             o.best = float('inf') if o.comp == np.less else -float('inf')
             if hasattr(o, 'wait'): o.wait = 0
 
+# %% ../../nbs/sparse/training.ipynb #c1287ea5
 def _dense_copy(model):
     res = copy_with(model)
     _unhook(res)
@@ -213,7 +197,7 @@ def _dense_copy(model):
 @patch
 @torch.no_grad()
 def after_fit(self:SparsifyCallback):
-    if _validates(self.learn): return
+    if only_validates(self.learn): return
     saved,plan = self._saved,self._plan
     self._clear()
     if saved is None or plan is None: return

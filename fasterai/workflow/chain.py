@@ -111,6 +111,7 @@ def _step(self:_Chain, name, share):
     except (ValueError, RuntimeError) as e: return self._add(name, self.model, None, math.nan, f'left out: {_sentence(e)}', False)
     self._judge(name, share, new, plan, c)
 
+# %% ../../nbs/workflow/chain.ipynb #c88b7f5a
 @patch
 def _feeds(self:_Chain):
     "Inputs of the file, by name"
@@ -172,6 +173,7 @@ def _run(c, names):
     except KeyboardInterrupt: return f'; interrupted in the step {name!r}: what came before is kept'
     return ''
 
+# %% ../../nbs/workflow/chain.ipynb #9c43b3c1
 def compress(
     model: nn.Module,                       # left unchanged
     evaluate: Callable[[nn.Module],float],  # the metric of a model, on data kept for validation

@@ -6,9 +6,8 @@
 __all__ = ['fasterai_compress']
 
 # %% ../../nbs/workflow/cli.ipynb #858900c1
-import os, sys, warnings
 from pathlib import Path
-from fastcore.script import anno_parser
+from ..core.script import check_export, run_script
 
 # %% ../../nbs/workflow/cli.ipynb #6f502c4c
 def _check_options(model, dls, allow_pickle, max_drop, target, goal, batch_size, distill, out, force):
@@ -16,8 +15,7 @@ def _check_options(model, dls, allow_pickle, max_drop, target, goal, batch_size,
     if (model is None) != (dls is None): raise ValueError(
         'an exported Learner holds no data: pass --dls module:function, which returns its DataLoaders.' if model else
         '--dls goes with a learner file.')
-    if model and not Path(model).is_file(): raise FileNotFoundError(f'no such file: {model} (the learner file).')
-    if model and not allow_pickle: raise ValueError(f'{model} is a pickle, and loading one runs code. If you trust it pass --allow-pickle.')
+    if model: check_export(model, allow_pickle)
     if not 0 <= max_drop < float('inf'): raise ValueError(f'--max-drop must not be negative, got {max_drop:g}. 0.01 is one point of accuracy.')
     for opt,v,known in (('--target', target, ('torch','onnx')), ('--goal', goal, ('latency','bytes'))):
         if v not in known: raise ValueError(f'{opt} must be {" or ".join(known)}, got {v!r}.')
@@ -52,29 +50,10 @@ def fasterai_compress(
     return run_chain(**opts, metric=metric, steps=steps and steps.replace(',', ' ').split())
 
 # %% ../../nbs/workflow/cli.ipynb #cd94120e
-_SPOKEN = ('overwrite=True', '--force'), ('max_drop=', '--max-drop '), ('steps must', '--steps must'), ('metric=', '--metric ')
-
-def _sentence(e):
-    "One line for an error, in terms of the options"
-    text = ' '.join(str(e).split())
-    for a,b in _SPOKEN: text = text.replace(a, b)
-    return text
+_SPOKEN = {'overwrite=True': '--force', 'max_drop=': '--max-drop ', 'steps must': '--steps must', 'metric=': '--metric '}
 
 def main(
     argv: list[str]|None = None,    # arguments; None for those of the process
 ) -> int:                           # 0, 2 for a wrong option or file, 130 for Ctrl-C
     "The console script"
-    parser = anno_parser(fasterai_compress, prog='fasterai_compress', pos=['model'])
-    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())    # where the user's own function lies
-    try:
-        opts = {k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb','xtra')}
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')     # of libraries; what matters is in the report
-            sys.stdout.write(f'{fasterai_compress(**opts)}\n')
-        return 0
-    except KeyboardInterrupt:
-        sys.stderr.write('\nfasterai_compress: interrupted.\n')
-        return 130
-    except (ValueError, OSError, ImportError) as e:
-        sys.stderr.write(f'fasterai_compress: {_sentence(e)}\n')
-        return 2
+    return run_script(fasterai_compress, argv, _SPOKEN)

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torchvision.models import resnet18
 from ..core.digits import digits_dls
 from ..core.files import _umask
+from ..core.script import load_export
 from ..core.weights import named_function
-from ..lowrank.cli import _load_export
 from . import learner as _      # compress
 from .report import CompressionReport
 
@@ -41,7 +41,7 @@ def example_learner(
 
 def _given(model, dls):
     "The Learner in a file, with its data"
-    learn = _load_export(Path(model))
+    learn = load_export(model)
     got = named_function(dls, '--dls')()
     if not isinstance(got, DataLoaders): raise ValueError(f'--dls {dls} returned {type(got).__name__}, not DataLoaders.')
     learn.dls = got

@@ -15,7 +15,8 @@ from fastai.callback import progress as _, schedule as _      # no_bar, fit_one_
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..core.distill import SelfDistillation
-from ..core.learner import _compressed, _dense_of, _direction, _metric_index, _running, _with_model
+from ..core.learner import _compressed, _dense_of
+from ..core.validate import check_idle, measured_by
 from ..export import learner as _      # export_onnx, quantize_onnx
 from ..export.exporters import check_target
 from .chain import compress as _chain
@@ -59,16 +60,11 @@ def compress(self:Learner,
     overwrite: bool = False,                # replace an existing file?
 ) -> CompressionReport:
     "Try the steps in order and keep those that help: `learn.model` is the result, `learn.plans` what made it, `uncompress` goes back"
-    if _running(self, 'fit') or self.lock.locked():
-        raise RuntimeError('learn.compress validates the model many times, which cannot be done while fit, validate or get_preds runs: '
-                           'call it afterwards.')
+    check_idle(self, 'compress')
     if isinstance(distill, bool) or not isinstance(distill, int) or distill < 0:
         raise ValueError(f'distill must be a number of epochs, got {distill!r}.')
-    i,name = _metric_index(self, metric)
-    def evaluate(m):
-        with _with_model(self, m), self.no_bar(): return self.validate()[i]
-    opts = dict(max_drop=max_drop, metric=name, higher_is_better=_direction(name, higher_is_better), goal=goal, batch_size=batch_size,
-                steps=steps, tune=_tuner(self, distill, lr) if distill else None)
+    evaluate,how = measured_by(self, metric, higher_is_better)
+    opts = how | dict(max_drop=max_drop, goal=goal, batch_size=batch_size, steps=steps, tune=_tuner(self, distill, lr) if distill else None)
     looked = self.dls if data is None else data
     if path is None: res = _chain(self.model, evaluate, looked, target=target, **opts)
     else:

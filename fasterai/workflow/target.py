@@ -72,6 +72,7 @@ class FileModel(nn.Module):
         res = {k: torch.from_numpy(v).to(self.empty.device) for k,v in found.items()}
         return next(iter(res.values())) if self.single else AttrDict(res)
 
+# %% ../../nbs/workflow/target.ipynb #92573d15
 class FileTarget(TorchTarget):
     "Candidates are ONNX files, and run in ONNX Runtime"
     def __init__(self,
