@@ -126,7 +126,7 @@ def test_errors():
     with pytest.raises(TypeError, match='plan must be a PruningPlan, got'): learn.prune(plan=3)
     with pytest.raises(ValueError, match='no layer matches'): learn.prune(exclude='nope')
     plan = Cut(.5).plan(model, learn.dls)
-    with pytest.raises(ValueError, match='pass it without budget'): learn.prune(.4, plan=plan)
+    with pytest.raises(ValueError, match='leave out budget'): learn.prune(.4, plan=plan)
     learn.prune(plan=plan)
     with pytest.raises(ValueError, match='applied already'): learn.prune(plan=plan)
     assert len(learn.plans) == 1

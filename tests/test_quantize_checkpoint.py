@@ -118,7 +118,7 @@ def stopped_at(mk, i, name, mod):
     mk.setattr(mod, name, f)
     return n
 
-@pytest.mark.parametrize('name,mod', [('packed', checkpoint), ('_synced', stream), ('_check_finite', checkpoint), ('replace', os)], ids=lambda o: str(o)[:9])
+@pytest.mark.parametrize('name,mod', [('packed', checkpoint), ('_synced', stream), ('check_weight', checkpoint), ('replace', os)], ids=lambda o: str(o)[:9])
 def test_goes_on_after_any_stop(name, mod, tmp_path, monkeypatch):
     src = dense(net(), tmp_path/'m.safetensors')
     plan = quantize_checkpoint(src, tmp_path/'want.safetensors', 5, model=Net)

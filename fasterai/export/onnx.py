@@ -17,7 +17,8 @@ from ..core.check import _FAILS
 from ..core.latency import _latencies
 from .exporters import EXPORTERS, annotate, check_target, listening, needs, save_graph, staged, to_graph
 from .inputs import Flat, batches_of, dynamic_axes, outputs, resized, runs, traced, trials
-from .prepare import folded, grown, plain_copy, state_bytes
+from ..core.matrices import model_bytes
+from .prepare import folded, grown, plain_copy
 from .report import ONNXReport
 from .served import ServedText
 from .text import is_text_classifier
@@ -88,7 +89,7 @@ def _attempt(job, exporter, path):
     found = tried(model, sess, form, cases, job['rtol'], job['atol'])
     if (bad := next((t for t in found if not t.ok), None)): raise ValueError(f'{bad} (rtol {job["rtol"]:g})')
     ms = _times(model, form, xs, sess) if job['latency'] else None
-    return described(path, sess, source_bytes=state_bytes(model), exporter=exporter, trials=tuple(found), ms=ms, notes=tuple(notes),
+    return described(path, sess, source_bytes=model_bytes(model), exporter=exporter, trials=tuple(found), ms=ms, notes=tuple(notes),
         said=tuple(said))
 
 def _why(e): return f'{type(e).__name__}: ' * (not isinstance(e, ValueError)) + ' '.join(str(e).split())[:300]

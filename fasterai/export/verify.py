@@ -14,7 +14,7 @@ import numpy as np, torch
 from torch import nn
 from .exporters import file_bytes, needs
 from .inputs import batches_of, dynamic_axes, runs, traced, trials
-from .prepare import state_bytes
+from ..core.matrices import model_bytes
 from .report import ONNXReport, Trial
 
 # %% ../../nbs/export/verify.ipynb #89ab462d
@@ -135,4 +135,4 @@ def verify_onnx(
     cases = trials(model, form, xs, dynamic_axes(model, form, xs, dynamic))
     cases += [(f'batch {i} of data', b) for i,b in enumerate(batches)]
     found = tried(model, sess, form, cases, rtol, atol)
-    return described(path, sess, source_bytes=state_bytes(model), exporter='a file', trials=tuple(found))
+    return described(path, sess, source_bytes=model_bytes(model), exporter='a file', trials=tuple(found))
