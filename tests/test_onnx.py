@@ -487,6 +487,36 @@ def test_packed_tables_stay_packed(bits, tmp_path):
     res = export_onnx(q, tmp_path/'m.onnx', [x], latency=False)
     assert res and res.exporter == 'dynamo' and res.nbytes < (bits + 3)*4000*64/8
 
+@pytest.mark.parametrize('opts, share', [(dict(embeddings=True), .30), (dict(embeddings=4), .19), (dict(embeddings=4, rows=False), .19)])
+def test_tables_of_a_file(opts, share, tmp_path):
+    "A word has the row that rounding to nearest gives it, and the rows stay open"
+    torch.manual_seed(0)
+    m,ids = nn.Sequential(nn.Embedding(3000, 64), nn.Linear(64, 8)).eval(),torch.randint(3000, (4, 12))
+    export_onnx(m, tmp_path/'a.onnx', [ids], latency=False)
+    res = quantize_onnx(tmp_path/'a.onnx', tmp_path/'b.onnx', [ids], **opts)
+    assert res.nbytes < share*(tmp_path/'a.onnx').stat().st_size
+    if opts['embeddings'] == 4:
+        W = m[0].weight.detach().double().view(3000, 2, 32)
+        lo,hi = W.amin(2, True).clamp(max=0),W.amax(2, True).clamp(min=0)
+        s = (hi - lo)/15
+        near = (((W/s).round() + (-lo/s).round()).clamp(0, 15) - (-lo/s).round())*s
+        want = near.view(3000, 64)[ids]@m[1].weight.detach().double().T + m[1].bias.detach().double()
+    else: want = m(ids).detach().double()
+    got = torch.tensor(ONNXModel(tmp_path/'b.onnx')(ids.numpy())).double()
+    assert (got - want).norm() < .02*want.norm()
+    assert ONNXModel(tmp_path/'b.onnx')(ids[:1].numpy()).shape == (1, 12, 8)
+    with pytest.raises(ValueError, match='embeddings must be'): quantize_onnx(tmp_path/'a.onnx', tmp_path/'c.onnx', embeddings=2)
+
+def test_a_norm_keeps_its_own_operator(tmp_path):
+    "A sum and the norm behind it are not joined, since that is slow; what is written is right"
+    import onnx
+    m,x = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval(),torch.randn(2, 5, 32)
+    res = export_onnx(m, tmp_path/'m.onnx', [x], latency=False)
+    proto = onnx.load(str(res.path))
+    made = {o: n.op_type for n in proto.graph.node for o in n.output}
+    norms = [n for n in proto.graph.node if n.op_type == 'LayerNormalization']
+    assert len(norms) == 2 and all(made[n.input[0]] == 'Sum' for n in norms) and res.error < 1e-5
+
 def test_what_a_file_of_a_learner_cannot_do(tmp_path):
     from fastai.callback.core import Callback
     from fastai.data.core import DataLoaders

@@ -137,15 +137,28 @@ def write_dynamic(
     p: Products,        # after `rows_to_one`
     out,
     folder,
-    embeddings: bool,   # tables in 8 bits too?
+    embeddings: int,    # bits of tables, 8 or 4; 0 leaves them
 ):
     "The file `out`"
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     path = folder/'rows.onnx'
     onnx.save_model(p.proto, str(path), save_as_external_data=True, location='rows.data')
-    ops = ['MatMul', *(['Gather'] if embeddings else [])]
+    ops = ['MatMul', *(['Gather'] if embeddings == 8 else [])]
     keep = [n.name for n in p.proto.graph.node if n.op_type == 'MatMul' and n.name not in p.names and n.name]
     with listening():
         quantize_dynamic(str(path), str(out), op_types_to_quantize=ops, weight_type=QuantType.QInt8, per_channel=True,
             nodes_to_exclude=keep, extra_options=dict(MatMulConstBOnly=True))
+    if embeddings == 4: _tables(out)
+
+def _tables(path):
+    "Tables of floats in 4 bits, in blocks of 32"
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    proto = onnx.load(str(path))
+    shapes = {t.name: t.dims for t in proto.graph.initializer if t.data_type == 1}
+    others = [n.name for n in proto.graph.node if n.op_type == 'Gather' and len(shapes.get(n.input[0], ())) != 2]
+    config = DefaultWeightOnlyQuantConfig(block_size=32, op_types_to_quantize=('Gather',))
+    q = MatMulNBitsQuantizer(proto, nodes_to_exclude=others, algo_config=config)
+    with listening(): q.process()
+    onnx.save_model(q.model.model, str(path))

@@ -21,7 +21,7 @@ from ..core.report import _megabytes, _where
 from ..core.search import check_search
 from ..export.exporters import check_target, staged
 from ..export.inputs import batches_of
-from ..export.int8 import _how, quantize_onnx
+from ..export.int8 import _how, has_tables, quantize_onnx
 from .report import COLUMNS, CompressionReport
 from .steps import LOSSLESS, STEPS, Goal, chosen_steps
 from .target import Candidate, FileTarget, TorchTarget
@@ -58,12 +58,14 @@ def _measured(self:_Chain, step):
     "`evaluate`, with a note of what each candidate costs"
     def f(m):
         value = float(self.evaluate(m))
-        if m is not self.model:
-            c = Candidate(m, _megabytes(m))
-            ms, = self.target.times([c], self.goal.batch_size, seconds=.03) if self.goal.target == 'torch' else [math.nan]
-            self.tried.append(dict(step=step, metric=value, mb=c.mb, ms=ms))
+        if m is not self.model: self._note(step, value, Candidate(m, _megabytes(m)), timed=self.goal.target == 'torch')
         return value
     return f
+
+@patch
+def _note(self:_Chain, step, value, c, timed):
+    ms, = self.target.times([c], self.goal.batch_size, seconds=.03) if timed else [math.nan]
+    self.tried.append(dict(step=step, metric=value, mb=c.mb, ms=ms))
 
 @patch
 def _add(self:_Chain, step, model, plan, value, why, kept, c=None):
@@ -102,7 +104,7 @@ def _judge(self:_Chain, name, share, model, plan, c):
 def _step(self:_Chain, name, share):
     "Search, measure, keep or leave"
     try:
-        if name == 'quantize' and self.goal.target == 'onnx': return self._int8(share)
+        if name == 'quantize' and self.goal.target == 'onnx': return self._quantized_file(share)
         plan,_ = STEPS[name](self.model, self._measured(name), self.data, self.goal, **self._search(name, share))
         if plan is None: return self._add(name, self.model, None, math.nan, f'left out: no budget kept {self.metric}', False)
         new = plan.apply(self.model)
@@ -119,23 +121,45 @@ def _feeds(self:_Chain):
     return [dict(zip(form.names, o)) for o in xs]
 
 @patch
-def _int8(self:_Chain, share):
-    "8 bits in the file: as much as keeps the metric"
-    for opts in _ways(self.kept[-1].path):
+def _int8(self:_Chain, share, ways):
+    "8 bits in the file, in the first of the ways that keeps the metric"
+    for opts in ways:
         path = self.target.fresh()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)    # what it warns of is measured here
             res = quantize_onnx(self.kept[-1].path, path, self._feeds(), **opts)
         c = self.target.opened(path)
-        if self._good(float(self.evaluate(c.model)), share): break
-    self._judge('quantize', share, self.model, f'{res.exporter}: {res.notes[0]}', c)
-    if self.kept[-1] is c: self.int8 = opts
+        self._note('quantize', value := float(self.evaluate(c.model)), c, timed=True)
+        if self._good(value, share): break
+    return self.model,f'{res.exporter}: {res.notes[0]}',c,opts
 
-def _ways(path):
-    "Arguments of `quantize_onnx` to try, the smallest file first"
+def _ways(proto, kind):
+    "Arguments of `quantize_onnx` to try, the fastest or the smallest file first"
+    if _how(proto, 'auto') == 'static': return {}, dict(min_agreement=.98)
+    tables = (4, 8, False) if has_tables(proto) else (False,)
+    if kind == 'latency': return [dict(rows=r, embeddings=e) for r in (False, True) for e in tables]
+    return [dict(rows=r, embeddings=e) for e in tables for r in (False, True)]
+
+@patch
+def _bits(self:_Chain, share):
+    "Few bits in the model: what becomes packed products in the file"
+    plan,_ = STEPS['quantize'](self.model, self._measured('quantize'), self.data, self.goal, **self._search('quantize', share))
+    if plan is None: return []
+    new = plan.apply(self.model)
+    return [(new, plan, self.target.candidate(new), None)]
+
+@patch
+def _quantized_file(self:_Chain, share):
+    "8 bits in the file or, where bytes count, fewer bits in the model: the smaller one"
     import onnx
-    if _how(onnx.load(str(path), load_external_data=False), 'auto') == 'static': return {}, dict(min_agreement=.98)
-    return dict(embeddings=True), {}
+    proto = onnx.load(str(self.kept[-1].path), load_external_data=False)
+    ways = _ways(proto, self.goal.kind)
+    found = [self._int8(share, ways)]
+    if self.goal.kind == 'bytes' and 'rows' in ways[0]: found += self._bits(share)
+    good = [o for o in found if self._good(float(self.evaluate(o[2].model)), share)]
+    *what,opts = min(good or found[:1], key=lambda o: o[2].mb)
+    self._judge('quantize', share, *what)
+    if self.kept[-1] is what[2]: self.int8 = opts
 
 @patch
 def _search(self:_Chain, name, share):
