@@ -168,7 +168,8 @@ def alone(run, name):
     kw = dict(max_drop=c.drop, higher_is_better=True, metric=c.metric)
     plan,why = STEPS[name](c.model, c.evaluate, c.data, Goal('latency', target='onnx'), **kw)
     if plan is None: raise ValueError('no budget keeps the metric')
-    run.model(name, plan.apply(c.model), plan.note if hasattr(plan, 'note') else '')
+    if name == 'quantize': run.add('quantize, int8', plan.apply(c.model), note='a model of PyTorch')     # files have int8 of their own
+    else: run.model(name, plan.apply(c.model))
 
 def bits(run):
     "The fewest bits"
@@ -362,6 +363,8 @@ def learners(name):
     "Each step alone, and all of them; the metric is that of the validation set, on which the search looked too"
     from fasterai.workflow import learner as _
     title,make = LEARNERS[name]
+    from fastai.torch_core import set_seed
+    set_seed(SEED, reproducible=True)
     learn,lines = make(),['| steps | accuracy | MB | times smaller | times as fast in ONNX Runtime, batch 1 / 32 | |', '|---|---:|---:|---:|---:|---|']
     with tempfile.TemporaryDirectory() as tmp, learn.no_bar():
         for i,(steps,goal) in enumerate([(['prune'], 'latency'), (['decompose'], 'latency'), (['quantize'], 'latency'), (None, 'latency'), (None, 'bytes')]):
@@ -433,6 +436,36 @@ def section(name, cache, rounds):
         checks = '\n'.join(f'- {"met" if ok else "**missed**"}: {s}' for ok,s in targets(run))
         return f'{table(run)}\n\n{checks}', case.name
 
+def _points(text):
+    "Method -> (times smaller, times as fast at batch 1) of a section, for what keeps the metric"
+    rows = [[c.strip() for c in l.strip('| ').split(' | ')] for l in text.splitlines() if l.startswith('| ')]
+    head,rows = rows[0],rows[1:]
+    i,j = next(k for k,h in enumerate(head) if h.startswith('times smaller')),next(k for k,h in enumerate(head) if 'ONNX Runtime' in h)
+    return {r[0]: (float(r[i]), float(r[j].split(' / ')[0])) for r in rows if len(r) > j and '/' in r[j] and 'more than is allowed' not in r[-1]}
+
+def picture(text, path):
+    "What each way makes of each network, from the file `text`"
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    fig,ax = plt.subplots(figsize=(6.4, 4), layout='constrained')
+    marks = {'the chain': 'o', 'ONNX Runtime': 's', 'torch-pruning': '^', 'fasterai 0': 'v'}
+    parts = dict(p.split('\n', 1) for p in text.split('\n## ')[1:])
+    for i,(name,t) in enumerate(parts.items()):
+        for what,(x,y) in _points(t).items():
+            if (m := next((v for k,v in marks.items() if what.startswith(k)), None)):
+                ax.plot(x, y, m, color=f'C{i}', mfc=None if m == 'o' else 'none', ms=8 if m == 'o' else 6)
+        ax.plot([], [], 'o', color=f'C{i}', label=name)
+    for k,m in marks.items(): ax.plot([], [], m, color='black', mfc=None if m == 'o' else 'none', label=k + '.4.1'*(k == 'fasterai 0'))
+    ax.axhline(1, color='gray', lw=.6)
+    ax.set(xscale='log', yscale='log', xlabel='times smaller', ylabel='times as fast in ONNX Runtime, batch 1')
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter('{x:g}')
+        axis.set_minor_formatter('')
+    ax.set_xticks([1, 2, 5, 10, 20, 50, 100]), ax.set_yticks([.5, 1, 2, 5, 10, 20])
+    ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+    fig.savefig(path, dpi=110)
+
 def _merged(old, new):
     "The file with the sections `new` in the place of those of the same names"
     parts = dict(p.split('\n', 1) for p in ('\n' + old).split('\n## ')[1:]) | new
@@ -443,6 +476,7 @@ def main(
     out:str='',         # Markdown file to write, or to replace the sections of that are run
     only:str='',        # sections, separated by commas: resnet18, vgg, vit, lite, minilm, table, text; all by default
     cache:str='',       # folder of the trained networks and of the published package; a temporary one by default
+    picture_to:str='',  # picture to draw from the file `out`
     rounds:int=15,      # turns of a time at batch 1; a third of it at 32
     threads:int=1,      # threads of PyTorch and of ONNX Runtime
 ):
@@ -464,3 +498,4 @@ def main(
             text = f'{where} {time.perf_counter() - start:.0f} s.\n\n{text}'
             if not out: print(f'## {title}\n\n{text}\n')
             else: Path(out).write_text(_merged(Path(out).read_text(encoding='utf-8') if Path(out).exists() else '', {title: text}), encoding='utf-8')
+    if picture_to: picture(Path(out).read_text(encoding='utf-8'), picture_to)

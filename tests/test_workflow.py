@@ -144,6 +144,25 @@ def test_learner_goes_back_and_trains(trained):
         assert learn.validate()[1] > .9
     assert learn.uncompress().model is dense
 
+@pytest.mark.slow
+def test_texts(tmp_path):
+    "A recurrent classifier that returns more than its logits: measured as a file, its LSTM layers in 8 bits"
+    from fastai.text.all import AWD_LSTM, BaseTokenizer, CategoryBlock, ColReader, ColSplitter, DataBlock, TextBlock, text_classifier_learner
+    rng = torch.Generator().manual_seed(0)
+    words = ['red', 'green', 'blue', 'one', 'two', 'three']
+    rows = [(' '.join(words[int(j)] for j in torch.randint(0, 3, (12,), generator=rng) + 3*(i % 2)), 'ab'[i % 2]) for i in range(120)]
+    df = pd.DataFrame(rows, columns=['text', 'kind']).assign(is_valid=[i >= 80 for i in range(120)])
+    dls = DataBlock((TextBlock.from_df('text', tok=BaseTokenizer(), seq_len=72), CategoryBlock), get_x=ColReader('text'), get_y=ColReader('kind'),
+        splitter=ColSplitter()).dataloaders(df, bs=16, device='cpu')
+    learn = text_classifier_learner(dls, AWD_LSTM, pretrained=False, metrics=accuracy)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(2, 1e-2)
+        res = learn.compress(max_drop=.05, target='onnx', path=tmp_path/'m.onnx', steps='quantize')
+        assert res.frame.kept.all() and 'LSTM' in res.frame.what[1] and res.first.mb > 3.5*res.last.mb
+        assert res.last.metric >= learn.validate()[1] - .05
+        model,ids = load_onnx_learner(res.path),dls.test_dl(['red one blue'*3]).one_batch()[0][0].tolist()
+        assert model.predict(ids)[0] == learn.predict('red one blue'*3)[0]
+
 def test_distillation_between_steps(trained):
     learn = learner(trained)
     with learn.no_bar(): res = learn.compress(max_drop=.02, goal='bytes', steps='prune', distill=1)

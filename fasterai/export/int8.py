@@ -18,7 +18,7 @@ from ..core.modules import select
 from ..core.surgery import _warn_user
 from .exporters import annotate, check_target, needs, staged
 from .report import ONNXReport, Trial
-from .rows import Products, collect, rows_to_one, smoothing, write_dynamic
+from .rows import Products, opset, collect, rows_to_one, smoothing, write_dynamic
 from .runtime import _fitting
 from .static import OPS, Static, kept_float, weighted
 from .verify import _shapes, described, ort_errors, session
@@ -133,7 +133,9 @@ def _dynamic(proto, out, folder, exclude, feeds, rows, smooth, embeddings):
     if rows: rows_to_one(p, scales)
     write_dynamic(p, out, folder, embeddings)
     n = sum(s is not None for s in scales.values())
-    return [f'{len(p.names)} products in 8 bits' + (f', {n} of {len(p.groups)} inputs smoothed' if n else '')]
+    lstm = sum(n.op_type == 'LSTM' for n in proto.graph.node)
+    what = f'{len(p.names)} products' + f' and {lstm} LSTM layers'*(lstm > 0)
+    return [f'{what} in 8 bits' + (f', {n} of {len(p.groups)} inputs smoothed' if n else '')]
 
 def _warn(r: ONNXReport, least):
     "Say where it does not pay"
@@ -172,6 +174,8 @@ def quantize_onnx(
     check_target(out, overwrite)
     proto,dense = onnx.load(str(path)),session(path)
     how,keep = _how(proto, how),_excluded(proto, exclude)
+    if _TABLES[embeddings] == 4 and opset(proto) < 18:
+        raise ValueError(f'embeddings=4 needs opset 18 or newer, the file has {opset(proto)}: export it with opset=18, or pass embeddings=True.')
     feeds = None if data is None else feeds_of(dense, data, n_batches)
     with staged(out, overwrite) as tmp, tempfile.TemporaryDirectory() as folder:
         if how == 'static': notes = _static(path, tmp, Path(folder), keep, feeds, dense, min_agreement)
@@ -192,7 +196,8 @@ def _keep_metadata(path, dense):
 
 def _compared(path, out, dense, feeds, how, notes):
     "The report"
-    sess,trials,ms = session(out),[],None
+    try: sess,trials,ms = session(out),[],None
+    except ort_errors() as e: raise ValueError(f'ONNX Runtime does not load the quantized file: {str(e).splitlines()[0][:200]}') from None
     if feeds is not None:
         trials,cosine = _beside(dense, sess, [*((f'batch {i} of data', f) for i,f in enumerate(feeds)), *_other_rows(dense, feeds[0])])
         ms = tuple(_latencies([partial(s.run, None, feeds[0]) for s in (dense, sess)], .1))

@@ -22,6 +22,7 @@ from ..core.search import check_search
 from ..export.exporters import check_target, staged
 from ..export.inputs import batches_of
 from ..export.int8 import _how, has_tables, quantize_onnx
+from ..export.rows import opset
 from .report import COLUMNS, CompressionReport
 from .steps import LOSSLESS, STEPS, Goal, chosen_steps
 from .target import Candidate, FileTarget, TorchTarget
@@ -117,8 +118,7 @@ def _step(self:_Chain, name, share):
 @patch
 def _feeds(self:_Chain):
     "Inputs of the file, by name"
-    form,xs = batches_of(self.model, self.data, 8)
-    return [dict(zip(form.names, o)) for o in xs]
+    return [dict(zip(self.target.form.names, o)) for o in batches_of(self.model, self.data, 8)[1]]
 
 @patch
 def _int8(self:_Chain, share, ways):
@@ -136,7 +136,7 @@ def _int8(self:_Chain, share, ways):
 def _ways(proto, kind):
     "Arguments of `quantize_onnx` to try, the fastest or the smallest file first"
     if _how(proto, 'auto') == 'static': return {}, dict(min_agreement=.98)
-    tables = (4, 8, False) if has_tables(proto) else (False,)
+    tables = ((4, 8, False) if opset(proto) >= 18 else (8, False)) if has_tables(proto) else (False,)
     if kind == 'latency': return [dict(rows=r, embeddings=e) for r in (False, True) for e in tables]
     return [dict(rows=r, embeddings=e) for e in tables for r in (False, True)]
 

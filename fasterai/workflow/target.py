@@ -13,14 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 import torch
-from fastcore.basics import AttrDict
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..core.batches import left_as_found
 from ..core.latency import _latencies
 from ..core.report import _megabytes
 from ..export.exporters import file_bytes
 from ..export.inputs import Form, batches_of, resized, rows_of
 from ..export.onnx import export_onnx
+from ..export.served import ServedText
+from ..export.text import is_text_classifier
 from ..export.verify import feed, run_file, session
 
 # %% ../../nbs/workflow/target.ipynb #a9ff6207
@@ -63,16 +65,20 @@ class TorchTarget:
 # %% ../../nbs/workflow/target.ipynb #51535d5e
 class FileModel(nn.Module):
     "An ONNX file that is called as the model was"
-    def __init__(self, sess, form: Form, *, single: bool = True):
+    def __init__(self, sess, form: Form, like):
         super().__init__()
-        self.sess,self.form,self.single = sess,form,single
+        self.sess,self.form = sess,form
+        self.leaves,self.spec = tree_flatten(like)      # `like`: what the model returns
         self.empty = nn.Parameter(torch.empty(0), False)    # a Learner asks it for the device
     def forward(self, *args, **kw):
         found = run_file(self.sess, self.form.names, self.form.tensors(args, kw))
-        res = {k: torch.from_numpy(v).to(self.empty.device) for k,v in found.items()}
-        return next(iter(res.values())) if self.single else AttrDict(res)
+        res = iter([torch.from_numpy(v).to(self.empty.device) for v in found.values()])
+        return tree_unflatten([next(res, None) if isinstance(o, torch.Tensor) else o for o in self.leaves], self.spec)
+    def reset(self): "What fastai calls in recurrent networks; a file keeps no state"
 
 # %% ../../nbs/workflow/target.ipynb #92573d15
+def _empty(o): return o.new_empty(0) if isinstance(o, torch.Tensor) else o
+
 class FileTarget(TorchTarget):
     "Candidates are ONNX files, and run in ONNX Runtime"
     def __init__(self,
@@ -82,7 +88,8 @@ class FileTarget(TorchTarget):
     ):
         super().__init__(model, data)
         self.data,self.folder,self.n = data,folder,0
-        with left_as_found(model), torch.no_grad(): self.single = isinstance(self._call(Candidate(model, 0.), 2)(), torch.Tensor)
+        if is_text_classifier(model): self.form = batches_of(ServedText(model, None), data, 1)[0]     # what the file takes
+        with left_as_found(model), torch.no_grad(): self.like = tree_map(_empty, self._call(Candidate(model, 0.), 2)())
 
     def fresh(self) -> Path:
         "A name for another file"
@@ -97,7 +104,7 @@ class FileTarget(TorchTarget):
     def opened(self, path: Path) -> Candidate:
         "The candidate in a file"
         sess = session(path)
-        return Candidate(FileModel(sess, self.form, single=self.single), file_bytes(path)/1e6, path, sess)
+        return Candidate(FileModel(sess, self.form, self.like), file_bytes(path)/1e6, path, sess)
 
     def _call(self, c, n):
         if c.session is None: return super()._call(c, n)
