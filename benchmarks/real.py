@@ -76,6 +76,7 @@ def vit(cache):
     return c
 
 def vgg(cache):
+    _other('quality')       # which it needs
     model,data,test = _other('quantize')._vgg(cache)
     return Case('VGG16-bn', model, [d.contiguous() for d in data[:16]], test[:len(test)//2], test[len(test)//2:], head='classifier.6')
 
@@ -251,7 +252,7 @@ def _mildest_good(run, what, make):
 def torch_pruning(run):
     p,c = _other('prune'),run.case
     case = p.Case(c.name, c.model, c.data, [x for x,_ in c.test]) if not isinstance(c.data[0], dict) else None
-    if case is None: raise ValueError('its pruner takes no batch of keywords; see prune.py')
+    if case is None: raise ValueError('not tried on batches of keywords')
     def make(share):
         m = p._torch_pruning(case, share, False)
         return p._remeasured(m, c.data[:c.few]) if m is not None and any(isinstance(o, nn.BatchNorm2d) for o in m.modules()) else m
@@ -277,12 +278,13 @@ torch.save(model, out)
 def peer(run, how, folder):
     "The published package, in a process of its own"
     c = run.case
-    torch.save((c.model, c.data[0]), run.tmp/'peer.pt')
+    wrapped = isinstance(c.model, _Encoder)
+    torch.save((c.model.m if wrapped else c.model, c.data[0]), run.tmp/'peer.pt')
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', CODE, 'peer.pt', 'out.pt', how], cwd=run.tmp, capture_output=True, text=True,
         env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(folder), *(p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p and Path(p).resolve() != ROOT)])))
     if r.returncode: raise RuntimeError(r.stderr.strip().splitlines()[-1])
     m = torch.load(run.tmp/'out.pt', weights_only=False).eval().requires_grad_(False)
-    run.model(f'fasterai {PEER}, {how}', m, '50 % of singular values' if how == 'FC_Decomposer' else '30 % of channels')
+    run.model(f'fasterai {PEER}, {how}', _Encoder(m).eval() if wrapped else m, '50 % of singular values' if how == 'FC_Decomposer' else '30 % of channels')
 
 # Times: all take turns
 
