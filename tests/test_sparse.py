@@ -105,6 +105,13 @@ def test_s3_s4_n_of_m(pattern, update):
     assert ((s[0].weight != 0).view(6, -1, of).sum(-1) == k).all()
     assert 'not a multiple' in plan['2'].reason and torch.equal(s[2].weight, m[2].weight)
 
+def test_s3_n_of_m_looks_for_masks_as_a_rule():
+    m,x = nn.Sequential(nn.Linear(32, 16)).eval(),rows()
+    def error(**kw): return float((Sparsifier(pattern='2:4', **kw).sparsify(m, x)(x) - m(x)).norm().detach())
+    assert error() == error(update='admm') < error(update='cg') < error(update='none')
+    assert Sparsifier(pattern='2:4').update == 'admm' and repr(Sparsifier(pattern='2:4')) == "Sparsifier(0.5, pattern='2:4')"
+    assert {Sparsifier().update, Sparsifier(pattern='2:4', score='magnitude').update, Sparsifier(pattern='row').update} == {'cg'}
+
 def test_s3_two_of_four_input_channels_of_a_convolution():
     torch.manual_seed(0)
     m,x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2)).eval(),torch.randn(8, 3, 10, 10)
@@ -633,12 +640,20 @@ def test_s23_patterns_and_scores_while_training(learn, kw):
     elif kw.get('pattern') == 'block': assert set((w == 0).view(12, 4, 8, 4).float().mean((1, 3)).flatten().tolist()) == {0., 1.}
     else: assert zeros(learn.model) == (weights(learn.model) - 512*('exclude' in kw))//2
 
+@pytest.mark.parametrize('epochs', (1, 2, 5))
+def test_s23_a_short_fit_goes_step_by_step_too(learn, epochs):
+    learn.fit(epochs, cbs=(cb := SparsifyCallback(.8, score='magnitude')))
+    n,at = len(learn.dls.train),[s.batch for s in cb.steps]
+    assert zeros(learn.model) == int(.8*weights(learn.model)) and len({s.zeros for s in cb.steps}) >= 4
+    assert max(b - a for a,b in zip([s.zeros for s in cb.steps], [s.zeros for s in cb.steps][1:])) < .6*cb.steps[-1].zeros
+    assert at[-1] <= .8*epochs*n and (epochs < 5 or at == [i*n for i in range(1, 5)])     # a long one at each epoch
+
 def test_s23_arguments(learn):
     for kw,err in ((dict(start=.9, end=.5), 'start must not be after end'), (dict(start=2), 'start must be in'), (dict(every=0), 'every must be'),
                    (dict(schedule=SchedCos(0, .4)), 'the schedule ends at 0.4'), (dict(schedule=lambda t: .5 if t == 1 else .9), 'must stay between')):
         with pytest.raises(ValueError, match=err): SparsifyCallback(.5, **kw)
     with pytest.raises(TypeError, match='schedule must be a function'): SparsifyCallback(.5, schedule=.5)
-    with pytest.raises(ValueError, match='no step falls between'): learn.fit(1, cbs=SparsifyCallback(.5, start=.1, end=.2))
+    with pytest.raises(ValueError, match='no step falls between'): learn.fit(1, cbs=SparsifyCallback(.5, start=.01, end=.02))
     with pytest.raises(ValueError, match="no layer matches layers='nope'"): learn.fit(1, cbs=SparsifyCallback(.5, layers='nope'))
     assert not zeros(learn.model) and not learn.plans
 
