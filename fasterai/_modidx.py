@@ -793,6 +793,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.store._cast_buffers': ('core/store.html#_cast_buffers', 'fasterai/core/store.py'),
                                      'fasterai.core.store._chain': ('core/store.html#_chain', 'fasterai/core/store.py'),
                                      'fasterai.core.store._check_file': ('core/store.html#_check_file', 'fasterai/core/store.py'),
+                                     'fasterai.core.store._check_plain': ('core/store.html#_check_plain', 'fasterai/core/store.py'),
                                      'fasterai.core.store._configs': ('core/store.html#_configs', 'fasterai/core/store.py'),
                                      'fasterai.core.store._dtypes': ('core/store.html#_dtypes', 'fasterai/core/store.py'),
                                      'fasterai.core.store._foreign': ('core/store.html#_foreign', 'fasterai/core/store.py'),

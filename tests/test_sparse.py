@@ -726,6 +726,14 @@ def test_sparsity_find(learn):
 
 # ------------------------------------------------------------------ S25, S27, S28
 
+def test_a_held_model_is_not_saved(tmp_path):
+    m,x = mlp(),rows()
+    plan = Sparsifier(.5).plan(m, x)
+    held = hold(plan.apply(m))
+    with pytest.raises(ValueError, match=r"'0' is parametrized, as by hold: save_compressed\(bake\(model\)"): save_compressed(held, tmp_path/'a', plan)
+    save_compressed(bake(held), tmp_path/'a', plan)
+    assert zeros(load_compressed(tmp_path/'a', mlp)) == plan.zeros and [*tmp_path.iterdir()] == [tmp_path/'a']
+
 def test_s25_after_decompose_and_after_fold():
     m,x = mlp(),rows()
     pairs = FC_Decomposer(.5).decompose(m, x)

@@ -43,7 +43,7 @@ def due_batches(
     start: float,   # share of the training at which steps begin
     end: float,     # and end
     *,
-    least: int = 1, # with 'epoch': where epochs give fewer steps than this, as many parts of the time between `start` and `end`
+    least: int = 0, # with 'epoch': where epochs give fewer steps than this, as many parts of the time between `start` and `end`
 ) -> tuple[int,int,int]:
     "First and last batch at which a step is due, and how far apart steps are"
     total,k = epochs*n, n if every == 'epoch' else every
