@@ -487,6 +487,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/core/learner.py'),
                                        'fasterai.core.learner._running': ('core/learner.html#_running', 'fasterai/core/learner.py'),
                                        'fasterai.core.learner._shape': ('core/learner.html#_shape', 'fasterai/core/learner.py'),
+                                       'fasterai.core.learner._share_of_zeros': ( 'core/learner.html#_share_of_zeros',
+                                                                                  'fasterai/core/learner.py'),
                                        'fasterai.core.learner._some': ('core/learner.html#_some', 'fasterai/core/learner.py'),
                                        'fasterai.core.learner._successors': ('core/learner.html#_successors', 'fasterai/core/learner.py'),
                                        'fasterai.core.learner._swap': ('core/learner.html#_swap', 'fasterai/core/learner.py'),

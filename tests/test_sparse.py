@@ -1,5 +1,5 @@
 "Sparsity, case by case (S1 to S28), each against something it did not compute itself"
-import copy, io, itertools, json, math, pickle, signal, subprocess, sys
+import copy, io, itertools, json, math, pickle, signal, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from fastai.callback.tracker import SaveModelCallback
@@ -725,6 +725,15 @@ def test_sparsity_find(learn):
     with pytest.raises(ValueError, match='sparsities must be in'): learn.sparsity_find(sparsities=(50,))
 
 # ------------------------------------------------------------------ S25, S27, S28
+
+@pytest.mark.parametrize('then,filled', ((lambda l: l.prune(.7), True), (lambda l: l.decompose(.4), True), (lambda l: l.quantize(8), False), (lambda l: l.sparsify(.6), False)),
+                         ids=('prune', 'decompose', 'quantize', 'sparsify'))
+def test_a_learner_says_that_zeros_are_filled(learn, then, filled):
+    learn.sparsify(.5)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        then(learn)
+    assert any('zeros of learn.sparsify are filled' in str(w.message) for w in seen) == filled
 
 def test_a_held_model_is_not_saved(tmp_path):
     m,x = mlp(),rows()
