@@ -3,7 +3,7 @@
 The baselines are written here, after the papers. They get the same second moments, centred, and the same shift of biases as the library.
 README.md beside this file says how to run it and what each column means.
 """
-import os, platform, re, sys, tempfile, time, warnings
+import platform, re, sys, tempfile, time, warnings
 from copy import deepcopy
 from pathlib import Path
 import torch
