@@ -81,7 +81,9 @@ def compensate(
         _repair(res, model, stays, inputs, norms)
         if cut is not None and _apart(res, model, run) > cut: _take_back(res, model, groups, kept, run, cut)
         channels = {n: k for (n,side),k in stays.items() if side != 'in'}
+        once = copy_with(res) if refit and cut is not None else None
         done = refit_layers(res, model, data, norms, outputs=channels, n_batches=n_batches) if refit else []
+        if once is not None and _apart(res, model, run) > _apart(once, model, run): return once
         if renorm: move_norms(res, model, data, stays=channels, fixed=[norms[n] for n in done if n in norms], n_batches=n_batches)
     return res
 
