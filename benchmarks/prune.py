@@ -179,7 +179,7 @@ def _vgg():
     return nn.Sequential(vgg16_bn().features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 def _vit():
     from timm.models import VisionTransformer
-    return VisionTransformer(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=4, num_classes=10)
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4, num_classes=10)
 def _small():
     def block(i, o, s=1): return [nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
     convs = [*block(3, 32), *block(32, 64, 2), *block(64, 64), *block(64, 128, 2)]
@@ -206,7 +206,7 @@ def _minilm(cache, n=512):
                 refit=(.5, .3))
 
 CASES = {'ResNet18': _on_digits('ResNet18', _resnet, 64), 'XResNet18': _on_digits('XResNet18', _xresnet, 64),
-         'VGG16-bn': _on_digits('VGG16-bn', _vgg, 32, peer=(.5,), refit=(.3,)), 'ViT': _on_digits('ViT', _vit, 32, epochs=16),
+         'VGG16-bn': _on_digits('VGG16-bn', _vgg, 32, peer=(.5,), refit=(.3,)), 'ViT': _on_digits('ViT', _vit, 32, epochs=60),
          'EfficientNet-Lite0': _lite, 'MiniLM': _minilm}
 QUICK = {'four convolutions': _on_digits('four convolutions', _small, 16, 6)}
 
@@ -253,7 +253,9 @@ def _torch_pruning(case, share, everywhere):
         score = tp.importance.GroupMagnitudeImportance(p=2)
         tp.pruner.BasePruner(m, (x,), score, pruning_ratio=mid, global_pruning=everywhere, **kw).step()
         for o in m.modules():
-            if hasattr(o, 'qkv'): o.head_dim = o.qkv.out_features//(3*o.num_heads)     # as its examples do
+            if not hasattr(o, 'qkv'): continue
+            o.head_dim = o.qkv.out_features//(3*o.num_heads)       # as its examples do
+            if hasattr(o, 'attn_dim'): o.attn_dim = o.head_dim*o.num_heads
         at = mid, (count_macs(m, x)/full)**.5
         if at[1]**2 > share: low = at
         else: high,best = at,m

@@ -1,6 +1,6 @@
 "Prices and compensation against lstsq on raw rows, brute force, and networks in which units are redundant"
 from functools import partial
-import copy
+import copy, warnings
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -496,6 +496,34 @@ def test_a_plan_of_any_score_is_repaired():
         close(empty(x), small(x), 1e-6)
     with pytest.raises(ValueError, match='a plan knows its groups'): compensate(net, plan, x, groups=[])
     with pytest.raises(ValueError, match='Was the plan made for another model'): compensate(small, plan, x)
+
+class Marked(nn.Module):
+    "Two blocks; one neuron of the first is huge in the few rows that have a mark, and a norm of rows follows"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up,self.down,self.norm = nn.Linear(8, 24),nn.Linear(24, 8),nn.LayerNorm(8)
+        self.up1,self.down1,self.norm1 = nn.Linear(8, 24),nn.Linear(24, 8),nn.LayerNorm(8)
+        self.up.weight.data[3],self.up.bias.data[3],self.down.weight.data[:, 3] = torch.eye(8)[0],0.,30*torch.randn(8)
+    def forward(self, x):
+        x = self.norm(x + self.down(self.up(x).relu()))
+        return self.norm1(x + self.down1(self.up1(x).relu()))
+
+@pytest.mark.parametrize('refit', (False, True))
+def test_a_repair_that_a_few_rows_spoil_is_taken_back(refit):
+    net,x = Marked().eval().requires_grad_(False),torch.randn(2000, 8)
+    x[:, 0] = 10.*(torch.arange(len(x)) % 10 == 0)
+    groups = [g for g in find_groups(net, x[:2]) if not g.reason]
+    kept = {'up': [i for i in range(24) if i != 3], 'up1': list(range(12))}
+    def far(m): return float((m(x) - net(x)).square().mean())
+    with pytest.warns(UserWarning, match=r"1 of 2 readers keep their weights as they are \('down'\)"):
+        small = compensate(net, kept, [*x.split(500)], groups=groups, refit=refit)
+    cut = slice_units(net, groups, kept)
+    assert far(small) < far(cut) and (refit or torch.equal(small.down.weight, cut.down.weight))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        good = compensate(net, {'up': [i for i in range(24) if i != 5], 'up1': list(range(12))}, [*x.split(500)], groups=groups, refit=refit)
+    assert far(good) < far(small)
 
 def test_layers_that_are_refitted_keep_the_spread_of_their_outputs():
     "Least squares on what explains little varies too little; the norm behind makes up for it"

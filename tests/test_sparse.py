@@ -1,5 +1,5 @@
 "Sparsity, case by case (S1 to S28), each against something it did not compute itself"
-import copy, io, itertools, json, math, pickle, signal, subprocess, sys
+import copy, io, itertools, json, math, pickle, signal, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from fastai.callback.tracker import SaveModelCallback
@@ -104,6 +104,13 @@ def test_s3_s4_n_of_m(pattern, update):
     s = plan.apply(m)
     assert ((s[0].weight != 0).view(6, -1, of).sum(-1) == k).all()
     assert 'not a multiple' in plan['2'].reason and torch.equal(s[2].weight, m[2].weight)
+
+def test_s3_n_of_m_looks_for_masks_as_a_rule():
+    m,x = nn.Sequential(nn.Linear(32, 16)).eval(),rows()
+    def error(**kw): return float((Sparsifier(pattern='2:4', **kw).sparsify(m, x)(x) - m(x)).norm().detach())
+    assert error() == error(update='admm') < error(update='cg') < error(update='none')
+    assert Sparsifier(pattern='2:4').update == 'admm' and repr(Sparsifier(pattern='2:4')) == "Sparsifier(0.5, pattern='2:4')"
+    assert {Sparsifier().update, Sparsifier(pattern='2:4', score='magnitude').update, Sparsifier(pattern='row').update} == {'cg'}
 
 def test_s3_two_of_four_input_channels_of_a_convolution():
     torch.manual_seed(0)
@@ -633,12 +640,20 @@ def test_s23_patterns_and_scores_while_training(learn, kw):
     elif kw.get('pattern') == 'block': assert set((w == 0).view(12, 4, 8, 4).float().mean((1, 3)).flatten().tolist()) == {0., 1.}
     else: assert zeros(learn.model) == (weights(learn.model) - 512*('exclude' in kw))//2
 
+@pytest.mark.parametrize('epochs', (1, 2, 5))
+def test_s23_a_short_fit_goes_step_by_step_too(learn, epochs):
+    learn.fit(epochs, cbs=(cb := SparsifyCallback(.8, score='magnitude')))
+    n,at = len(learn.dls.train),[s.batch for s in cb.steps]
+    assert zeros(learn.model) == int(.8*weights(learn.model)) and len({s.zeros for s in cb.steps}) >= 4
+    assert max(b - a for a,b in zip([s.zeros for s in cb.steps], [s.zeros for s in cb.steps][1:])) < .6*cb.steps[-1].zeros
+    assert at[-1] <= .8*epochs*n and (epochs < 5 or at == [i*n for i in range(1, 5)])     # a long one at each epoch
+
 def test_s23_arguments(learn):
     for kw,err in ((dict(start=.9, end=.5), 'start must not be after end'), (dict(start=2), 'start must be in'), (dict(every=0), 'every must be'),
                    (dict(schedule=SchedCos(0, .4)), 'the schedule ends at 0.4'), (dict(schedule=lambda t: .5 if t == 1 else .9), 'must stay between')):
         with pytest.raises(ValueError, match=err): SparsifyCallback(.5, **kw)
     with pytest.raises(TypeError, match='schedule must be a function'): SparsifyCallback(.5, schedule=.5)
-    with pytest.raises(ValueError, match='no step falls between'): learn.fit(1, cbs=SparsifyCallback(.5, start=.1, end=.2))
+    with pytest.raises(ValueError, match='no step falls between'): learn.fit(1, cbs=SparsifyCallback(.5, start=.01, end=.02))
     with pytest.raises(ValueError, match="no layer matches layers='nope'"): learn.fit(1, cbs=SparsifyCallback(.5, layers='nope'))
     assert not zeros(learn.model) and not learn.plans
 
@@ -710,6 +725,23 @@ def test_sparsity_find(learn):
     with pytest.raises(ValueError, match='sparsities must be in'): learn.sparsity_find(sparsities=(50,))
 
 # ------------------------------------------------------------------ S25, S27, S28
+
+@pytest.mark.parametrize('then,filled', ((lambda l: l.prune(.7), True), (lambda l: l.decompose(.4), True), (lambda l: l.quantize(8), False), (lambda l: l.sparsify(.6), False)),
+                         ids=('prune', 'decompose', 'quantize', 'sparsify'))
+def test_a_learner_says_that_zeros_are_filled(learn, then, filled):
+    learn.sparsify(.5)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        then(learn)
+    assert any('zeros of learn.sparsify are filled' in str(w.message) for w in seen) == filled
+
+def test_a_held_model_is_not_saved(tmp_path):
+    m,x = mlp(),rows()
+    plan = Sparsifier(.5).plan(m, x)
+    held = hold(plan.apply(m))
+    with pytest.raises(ValueError, match=r"'0' is parametrized, as by hold: save_compressed\(bake\(model\)"): save_compressed(held, tmp_path/'a', plan)
+    save_compressed(bake(held), tmp_path/'a', plan)
+    assert zeros(load_compressed(tmp_path/'a', mlp)) == plan.zeros and [*tmp_path.iterdir()] == [tmp_path/'a']
 
 def test_s25_after_decompose_and_after_fold():
     m,x = mlp(),rows()

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/learner.ipynb #0a1b0fbb
-import inspect, os, numpy as np
+import inspect, os, numpy as np, torch
 from functools import partial
 from pathlib import Path
 from fastai.callback.hook import Hook, Hooks
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
-from .modules import is_pair
+from .modules import _warn_user, is_pair
 from .plan import Plan
 from .store import _lean, save_compressed as _saved
 
@@ -163,8 +163,14 @@ def plans(self:Learner) -> list[Plan]:
     "What was done to the model, one plan for each call that compressed it; empty again after `uncompress`"
     return list(getattr(_kept(self), 'plans', ()))
 
+def _share_of_zeros(model):
+    ws = [w for m in model.modules() if isinstance(w := getattr(m, 'weight', None), torch.Tensor) and w.ndim > 1]
+    return sum(int((w == 0).sum()) for w in ws)/max(1, sum(w.numel() for w in ws))
+
 def _compressed(learn, model, *plans):
     "`model`, made by `plans`, in the place of that of `learn`"
+    if any(getattr(p, 'zeros', 0) for p in learn.plans) and _share_of_zeros(model) < .95*_share_of_zeros(learn.model): _warn_user(
+        'weights were computed anew, and zeros of learn.sparsify are filled. Begin again with learn.uncompress(), and sparsify afterwards.')
     first = _dense_of(learn) if _kept(learn) is not None else learn.model
     return _swap(learn, model, _Kept(first, (*learn.plans, *plans)))
 

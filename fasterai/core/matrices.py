@@ -36,7 +36,8 @@ def rewritable(
     m,why = s.module,s.reason
     if why == _HALF: why = _type_reason(m, types) or _content_reason(m) or _tie_reason(m, owners)
     if why is None and isinstance(s, ConvSite) and s.transposed: return 'transposed convolution: not supported'
-    why = why and why.replace('decompose before quantizing', 'start from the model before that')
+    first = 'start from the model before that' if verb == 'quantize' else f'{verb} before quantizing'
+    why = why and why.replace('decompose before quantizing', first)
     return why and why.replace('decomposed', done).replace('decompose', verb)
 
 def in_model_order(

@@ -42,15 +42,19 @@ def due_batches(
     every,          # 'epoch', or a number of batches
     start: float,   # share of the training at which steps begin
     end: float,     # and end
+    *,
+    least: int = 0, # with 'epoch': where epochs give fewer steps than this, as many parts of the time between `start` and `end`
 ) -> tuple[int,int,int]:
     "First and last batch at which a step is due, and how far apart steps are"
     total,k = epochs*n, n if every == 'epoch' else every
+    if every == 'epoch' and math.floor(end*epochs + 1e-9) - math.ceil(start*epochs - 1e-9) + 1 < least:
+        k = max(1, int((end-start)*total/least + 1e-9))
     first = math.ceil(start*total/k - 1e-9)*k
     last = min(math.floor(end*total/k + 1e-9), (total-1)//k)*k
     if last < first: raise ValueError(
         f'no step falls between start={start:g} and end={end:g} of this fit: it has {epochs} epochs of {n} batches, and with '
-        f'every={every!r} steps are due every {k} batches. Pass a smaller number, as every={max(1, int((end-start)*total/4))}, '
-        'or train more.')
+        f'every={every!r} steps are due every {k} batches. '
+        f'{f"Pass a smaller number, as every={max(1, int((end-start)*total/4))}" if k > 1 else "Move them apart"}, or train more.')
     return first, last, k
 
 # %% ../../nbs/core/schedule.ipynb #320d4831

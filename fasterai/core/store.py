@@ -95,6 +95,13 @@ def _unsaved(model):
     return {_stored_name(k): b for k,b in model.named_buffers() if k not in stored}
 
 # %% ../../nbs/core/store.ipynb #420b41b5
+def _check_plain(model, plans):
+    "Raise where a layer that `plans` changed computes its weight, as `hold` of sparsity lets it: that is for training"
+    changed = {o.name for p in plans for o in p.replaced}
+    held = next((n for n,m in model.named_modules() if n in changed and nn.utils.parametrize.is_parametrized(m)), None)
+    if held is not None: raise ValueError(
+        f'{held!r} is parametrized, as by hold: save_compressed(bake(model), …) stores what it computes.')
+
 def _configs(model, out):
     "Write the configuration of a Hugging Face model, with the class that it needs"
     cfg,gen = (getattr(model, k, None) for k in ('config','generation_config'))
@@ -139,6 +146,7 @@ def save_compressed(
     if (n := count_params(model)) != (want := plans[-1].params_after):
         raise ValueError(f'the model has {n:,} parameters, {"the plan makes" if len(plans) == 1 else "the plans make"} one of {want:,}. '
                          'Pass the model that apply returned, and all plans, in the order in which they were applied.')
+    _check_plain(model, plans)
     if source and not source.is_dir(): raise NotADirectoryError(f'source must be the folder of the dense model, got {source}.')
     dst = _target(Path(folder), overwrite, source, other=_foreign)
     if source: copy,left = _others(source, {*source.glob('*.safetensors'), *source.glob('*.safetensors.index.json')})

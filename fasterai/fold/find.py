@@ -76,6 +76,7 @@ def _check_layer(self:Finder, m):
 
 def _computed(c):
     "A reason for the input of a norm that comes from the layer call `c`, whose weight is no parameter"
+    if c.module is not None and 'qweight' in c.module._buffers: return 'the layer before it is quantized; fold before quantizing'
     why = _computed_reason(c.module) if c.module is not None and hasattr(c.module, 'weight') else None
     return f'the weight of the layer before it is computed ({why or "in its forward"})'
 

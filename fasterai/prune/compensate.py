@@ -9,13 +9,15 @@ __all__ = ['compensate']
 from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
-from ..core.check import first_batch
+from ..core.batches import left_as_found
+from ..core.check import _numbers, first_batch
 from ..core.distributed import gathered
 from ..core.inputs import Inputs
+from ..core.modules import _double
 from ..core.surgery import _warn_user, copy_with
 from .prices import reader_inputs
 from .refit import refit_layers
-from .renorm import move_norms
+from .renorm import _running, move_norms
 from .repair import norms_after, repaired, takes_constant
 from .slicing import _drops, _where, _width, slice_units
 from .units import Group, check_kept
@@ -69,17 +71,47 @@ def compensate(
     if not kept: return copy_with(model)
     if isinstance(data, Iterator): data = list(data)
     stays = _stays(groups, kept, _checked(model, dict.fromkeys(o.layer for g in groups for o in g.members)))
-    norms = norms_after(model, first_batch(model, data)[0] or data)
+    norms = norms_after(model, run := first_batch(model, data)[0] or data)
     norms = {k: n for k,n in norms.items() if all(o.get(k) == n for o in gathered(norms))}
     if inputs is None: inputs = reader_inputs(model, groups, data, n_batches=n_batches)
     _say(groups, inputs)
     with torch.inference_mode(False), torch.no_grad():
         res = slice_units(model, groups, kept)
+        cut = None if _running(model) else _apart(res, model, run)     # batch norms are not at their place yet
         _repair(res, model, stays, inputs, norms)
+        if cut is not None and _apart(res, model, run) > cut: _take_back(res, model, groups, kept, run, cut)
         channels = {n: k for (n,side),k in stays.items() if side != 'in'}
+        once = copy_with(res) if refit and cut is not None else None
         done = refit_layers(res, model, data, norms, outputs=channels, n_batches=n_batches) if refit else []
+        if once is not None and _apart(res, model, run) > _apart(once, model, run): return once
         if renorm: move_norms(res, model, data, stays=channels, fixed=[norms[n] for n in done if n in norms], n_batches=n_batches)
     return res
+
+# %% ../../nbs/prune/compensate.ipynb #dbf52364
+def _apart(res, model, run):
+    "Squared difference of the outputs of `res` and `model` on a batch, of all processes, each tensor as a share of its size"
+    outs = []
+    for m in (res, model):
+        with left_as_found(m): outs.append([_double(t) for t in _numbers(run(m)) if t.is_floating_point()])
+    return sum(gathered(sum(float((a-b).square().sum()/b.square().sum().clamp_min(1e-300)) for a,b in zip(*outs))))
+
+def _take_back(res, model, groups, kept, run, cut):
+    "Give readers of `res` their old weights, one after the other, where that is better; all of them where nothing else is"
+    old,mods,least,back = dict(slice_units(model, groups, kept).named_modules()),dict(res.named_modules()),_apart(res, model, run),[]
+    readers = [n for n in dict.fromkeys(o.layer for g in groups for o in g.readers) if n in mods]
+    for n in readers:
+        m,new = mods[n],{k: p.data for k,p in mods[n].named_parameters(recurse=False)}
+        def put(ps):
+            for k,p in m.named_parameters(recurse=False): p.data = ps[k]
+        put({k: p.data for k,p in old[n].named_parameters(recurse=False)})
+        if (now := _apart(res, model, run)) < least: least,back = now,[*back, n]
+        else: put(new)
+    if not least <= cut:
+        back = readers
+        for n in readers: mods[n].load_state_dict(old[n].state_dict())
+    _warn_user(f'{len(back)} of {len(readers)} readers keep their weights as they are ({", ".join(map(repr, back[:3]))}): solved anew they '
+               "make the outputs worse, because a few rows outweigh all others. score='obs' chooses units that are not missed so much.")
+
 
 # %% ../../nbs/prune/compensate.ipynb #6136652b
 def _which(model, plan, groups):

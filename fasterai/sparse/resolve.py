@@ -148,7 +148,8 @@ def solve_layers(
     stages: int = _STAGES,
 ):
     "Choose what goes and solve the rest"
-    goals = _stages(1 if update == 'none' or score == 'random' else stages) if layers else ()
+    whole = update == 'none' or score == 'random' or update == 'admm' and any(o.pattern.of for o in layers.values())
+    goals = _stages(1 if whole else stages) if layers else ()
     total = sum(zeros.values()) if total is None else total
     for goal in goals:
         last,now = goal == 1,zeros if goal == 1 else {n: int(goal*z) for n,z in zeros.items()}

@@ -26,7 +26,11 @@ from .plan import SparseRow, SparsityPlan, pack_mask, solution
 from .resolve import SparseLayer, Update, solve_layers, sparse_moments
 
 # %% ../../nbs/sparse/sparsifier.ipynb #72ab447e
-_CHOICES = dict(score=('saliency', 'wanda', 'magnitude', 'random'), update=('cg', 'admm', 'none'), scope=('global', 'layer', 'row'))
+_CHOICES = dict(score=('saliency', 'wanda', 'magnitude', 'random'), update=('cg', 'admm', 'none', None), scope=('global', 'layer', 'row'))
+
+def _usual_update(pattern, score):
+    "N:M leaves so little choice that masks have to be found together with the weights"
+    return 'admm' if pattern.of and score == 'saliency' else 'cg'
 
 def _check_share(v, where='sparsity'):
     if isinstance(v, bool) or not isinstance(v, Real): raise TypeError(f'{where} must be a number in [0, 1), got {_short(v)}.')
@@ -41,7 +45,8 @@ class Sparsifier:
         *,
         pattern: str|Pattern = 'unstructured',      # or '2:4' (N:M), 'row', 'column', 'block' (4×4), '16x1'
         score: SparseScore = 'saliency',            # which weights go: 'saliency' and 'wanda' need data; 'magnitude', 'random'
-        update: Update = 'cg',                      # what stays: 'cg' solves it, 'admm' finds better masks too, 'none' leaves it
+        # what stays: 'cg' solves it, 'admm' finds better masks too, 'none' leaves it; None for 'admm' with N:M by saliency, else 'cg'
+        update: Update|None = None,
         scope: Scope = 'global',                    # the share holds over all layers, in each 'layer', or in each 'row'
         layers: str|Iterable[str]|None = None,      # only these layers: names, containers, wildcards; None for all
         exclude: str|Iterable[str]|None = None,     # all but these
@@ -51,7 +56,8 @@ class Sparsifier:
                                                             'Sparsifier(.5).sparsify(model).')
         for k,v in dict(score=score, update=update, scope=scope).items():
             if v not in _CHOICES[k]: raise ValueError(f'{k} must be one of {", ".join(map(repr, _CHOICES[k]))}, got {_short(v)}.')
-        self.pattern,self.score,self.update,self.scope = mk_pattern(pattern),score,update,scope
+        self.pattern,self.score,self.scope = mk_pattern(pattern),score,scope
+        self.update = _usual_update(self.pattern, score) if update is None else update
         self.sparsity = self._shares(sparsity)
         if isinstance(self.sparsity, dict) and scope == 'global': self.scope = 'layer'
         self.layers,self.exclude = map(tupled, (layers, exclude))
@@ -60,8 +66,8 @@ class Sparsifier:
             if not isinstance(o, type): raise TypeError(f'types takes classes of layers, such as types=(MyLinear,), got {_short(o)}.')
 
     def __repr__(self):
-        usual = dict(pattern='unstructured', score='saliency', update='cg', scope='layer' if isinstance(self.sparsity, dict) else 'global',
-                     layers=None, exclude=None, types=())
+        usual = dict(pattern='unstructured', score='saliency', update=_usual_update(self.pattern, self.score),
+                     scope='layer' if isinstance(self.sparsity, dict) else 'global', layers=None, exclude=None, types=())
         now = {k: str(v) if k == 'pattern' else v for k in usual if (v := getattr(self, k)) is not None}
         return f'Sparsifier({self.sparsity}{"".join(f", {k}={v!r}" for k,v in now.items() if v != usual[k])})'
 

@@ -101,7 +101,8 @@ class SparsifyCallback(Callback):
         schedule: Callable|None = None,             # progress in [0, 1] -> share of zeros; None for SchedCos(0., sparsity)
         start: float = 0.,                          # share of the training at which it begins
         end: float = .8,                            # at which the sparsity is reached; the rest is for what stays
-        every: "int|Literal['epoch']" = 'epoch',    # batches from step to step, or a step at the beginning of each epoch
+        # batches from step to step, or a step at the beginning of each epoch: in a fit with fewer than four of them, in parts of epochs
+        every: "int|Literal['epoch']" = 'epoch',
         rewind: int|None = None,                    # epoch: at the end, what stays returns to its values of then: a lottery ticket
         layers: str|Iterable[str]|None = None,      # only these layers: names, containers, wildcards; None for all
         exclude: str|Iterable[str]|None = None,     # all but these
@@ -127,6 +128,8 @@ def __repr__(self:SparsifyCallback):
 def _clear(self:SparsifyCallback): self._at,self._plan,self._saved = None,None,None
 
 # %% ../../nbs/sparse/training.ipynb #f729f56a
+_LEAST = 4  # steps, in short fits too
+
 @patch
 def before_fit(self:SparsifyCallback):
     if only_validates(self.learn): return
@@ -134,7 +137,7 @@ def before_fit(self:SparsifyCallback):
     if hasattr(self.learn, 'lr_finder'): return
     if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs):
         raise ValueError('to_non_native_fp16 trains copies of the parameters, whose zeros cannot be kept: use learn.to_fp16().')
-    at,self.steps = due_batches(self.n_epoch, len(self.dls.train), self.every, self.start, self.end),[]
+    at,self.steps = due_batches(self.n_epoch, len(self.dls.train), self.every, self.start, self.end, least=_LEAST),[]
     if self.rewind is not None:
         if self.rewind*len(self.dls.train) > at[0]: raise ValueError(
             f'rewind={self.rewind} is after the first step, in epoch {at[0]//len(self.dls.train)}: pass a larger start, or less.')
