@@ -77,11 +77,16 @@ def _beside(dense, sess, cases) -> tuple[list[Trial],float]:
         cosines.append(_cosine(a, b))
     return res,float(np.mean(cosines))
 
-def _measure(dense, feeds, path):
-    "Error and agreement of a file on `feeds`"
-    found,_ = _beside(dense, session(path), [('', f) for f in feeds])
-    shares = [t.agreement for t in found if t.agreement is not None]
-    return float(np.mean([t.error for t in found])), float(np.mean(shares)) if shares else 1.
+def _measured(dense, feeds):
+    "A function: file -> error on `feeds`, and the share of answers that agree, less one standard error"
+    want = [_first(dense.run(None, f)) for f in feeds]
+    def measure(path):
+        sess = session(path)
+        got = [_first(sess.run(None, f)) for f in feeds]
+        shares = [s for a,b in zip(want, got) if (s := _same(a, b)) is not None]
+        p,n = float(np.mean(shares)) if shares else 1.,sum(map(len, want))
+        return float(np.mean([*map(_norm_error, want, got)])), p - (p*(1 - p)/n)**.5
+    return measure
 
 # %% ../../nbs/export/int8.ipynb #c54fc1bb
 def _known(proto):
@@ -111,13 +116,13 @@ def _static(path, out, folder, exclude, feeds, dense, least):
     if feeds is None: raise ValueError('static quantization needs data=: convolutions have no dynamic form that is faster.')
     static,notes = Static(path, folder, feeds),[]
     keep = static.with_those_before([n for n in exclude if n in static.nodes])
-    static.write(out, keep)
-    tried = feeds[-max(1, len(feeds)//2):]
-    if least is not None and _measure(dense, tried, out)[1] < least:
-        keep = kept_float(static, out, keep, partial(_measure, dense, tried), least)
+    measure = _measured(dense, feeds[-max(1, len(feeds)//2):])
+    static.tune(out, keep, measure)
+    if least is not None and measure(out)[1] < least:
+        keep = kept_float(static, out, keep, measure, least)
         some = ', '.join(keep[:6]) + ', …'*(len(keep) > 6)
         notes.append(f'for an agreement of {least:g}, {len(keep)} of {len(static.nodes)} nodes stay float: {some}')
-    return notes or [f'{len(static.nodes) - len(keep)} of {len(static.nodes)} nodes in 8 bits']
+    return [*(notes or [f'{len(static.nodes) - len(keep)} of {len(static.nodes)} nodes in 8 bits']), static.how]
 
 def _dynamic(proto, out, folder, exclude, feeds, rows, smooth, embeddings):
     p,scales = Products(proto, exclude),{}
