@@ -98,6 +98,15 @@ def _known(proto):
 
 def _excluded(proto, exclude): return select(_known(proto), exclude, 'exclude', what='node') if exclude else []
 
+_EIGHT = 'QuantizeLinear', 'DequantizeLinear', 'DynamicQuantizeLinear', 'QLinearConv', 'QLinearMatMul', 'ConvInteger', 'MatMulInteger'
+
+def _check_float(path, proto):
+    "Raise where the weights are not float32"
+    if (found := {n.op_type for n in proto.graph.node} & {*_EIGHT}):
+        raise ValueError(f'{path.name} is in 8 bits already (it has {min(found)} nodes): pass the float32 file that it was made from.')
+    kinds = {t.data_type for t in proto.graph.initializer if t.name in weighted(proto).values()}
+    if kinds & {10, 16}: raise ValueError(f'{path.name} holds weights in 16 bits: export it without half=True, and quantize that file.')
+
 def _how(proto, how):
     if how not in ('auto','static','dynamic'): raise ValueError(f"how must be 'auto', 'static' or 'dynamic', got {_short(how)}.")
     ops = {n.op_type for n in proto.graph.node}
@@ -155,7 +164,7 @@ def quantize_onnx(
     rows: bool = True,                  # dynamic: scale each row of an input to one first?
     smooth: bool = True,                # dynamic, with data: smooth inputs where that makes the error smaller?
     embeddings: bool = False,           # dynamic: tables in 8 bits too?
-    min_agreement: float|None = None,   # static: leave sensitive nodes float until this share of answers agrees
+    min_agreement: float|None = None,   # static: leave sensitive nodes float until this share of answers agrees, less one standard error
     n_batches: int|None = 32,           # of `data`; None for all
     overwrite: bool = False,            # replace an existing file?
 ) -> ONNXReport:                        # compared with the float file
@@ -168,6 +177,7 @@ def quantize_onnx(
     if not path.is_file(): raise FileNotFoundError(f'no such file: {path}.')
     check_target(out, overwrite)
     proto,dense = onnx.load(str(path)),session(path)
+    _check_float(path, proto)
     how,keep = _how(proto, how),_excluded(proto, exclude)
     feeds = None if data is None else feeds_of(dense, data, n_batches)
     with staged(out, overwrite) as tmp, tempfile.TemporaryDirectory() as folder:
