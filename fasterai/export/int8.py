@@ -125,7 +125,7 @@ def _static(path, out, folder, exclude, feeds, dense, least):
     if feeds is None: raise ValueError('static quantization needs data=: convolutions have no dynamic form that is faster.')
     static,notes = Static(path, folder, feeds),[]
     keep = static.with_those_before([n for n in exclude if n in static.nodes])
-    measure = _measured(dense, feeds[-max(1, len(feeds)//2):])
+    measure = _measured(dense, feeds[len(feeds)//2:] if len(feeds) > 4 else feeds)
     static.tune(out, keep, measure)
     if least is not None and measure(out)[1] < least:
         keep = kept_float(static, out, keep, measure, least)
