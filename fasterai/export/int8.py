@@ -78,14 +78,13 @@ def _beside(dense, sess, cases) -> tuple[list[Trial],float]:
     return res,float(np.mean(cosines))
 
 def _measured(dense, feeds):
-    "A function: file -> error on `feeds`, and the share of answers that agree, less one standard error"
+    "A function: file -> error on `feeds`, and the share of answers that agree"
     want = [_first(dense.run(None, f)) for f in feeds]
     def measure(path):
         sess = session(path)
         got = [_first(sess.run(None, f)) for f in feeds]
         shares = [s for a,b in zip(want, got) if (s := _same(a, b)) is not None]
-        p,n = float(np.mean(shares)) if shares else 1.,sum(map(len, want))
-        return float(np.mean([*map(_norm_error, want, got)])), p - (p*(1 - p)/n)**.5
+        return float(np.mean([*map(_norm_error, want, got)])), float(np.mean(shares)) if shares else 1.
     return measure
 
 # %% ../../nbs/export/int8.ipynb #c54fc1bb
@@ -125,7 +124,7 @@ def _static(path, out, folder, exclude, feeds, dense, least):
     if feeds is None: raise ValueError('static quantization needs data=: convolutions have no dynamic form that is faster.')
     static,notes = Static(path, folder, feeds),[]
     keep = static.with_those_before([n for n in exclude if n in static.nodes])
-    measure = _measured(dense, feeds[len(feeds)//2:] if len(feeds) > 4 else feeds)
+    measure = _measured(dense, feeds)
     static.tune(out, keep, measure)
     if least is not None and measure(out)[1] < least:
         keep = kept_float(static, out, keep, measure, least)
@@ -164,7 +163,7 @@ def quantize_onnx(
     rows: bool = True,                  # dynamic: scale each row of an input to one first?
     smooth: bool = True,                # dynamic, with data: smooth inputs where that makes the error smaller?
     embeddings: bool = False,           # dynamic: tables in 8 bits too?
-    min_agreement: float|None = None,   # static: leave sensitive nodes float until this share of answers agrees, less one standard error
+    min_agreement: float|None = None,   # static: leave sensitive nodes float until this share of answers agrees
     n_batches: int|None = 32,           # of `data`; None for all
     overwrite: bool = False,            # replace an existing file?
 ) -> ONNXReport:                        # compared with the float file

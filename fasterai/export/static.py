@@ -27,13 +27,14 @@ def weighted(
     return {n.name: n.input[1] for n in proto.graph.node if n.op_type in ops and len(n.input) > 1 and n.input[1] in there}
 
 def _in_front(proto, nodes):
-    "Node -> the one whose output, perhaps through an activation, is its input"
+    "Node -> the one whose output, through an activation, is its input"
     made = {o: n for n in proto.graph.node for o in n.output}
     res = {}
     for n in proto.graph.node:
         if n.name not in nodes: continue
         p = made.get(n.input[0])
-        if p is not None and p.op_type in _BEHIND: p = made.get(p.input[0])
+        if p is None or p.op_type not in _BEHIND: continue
+        p = made.get(p.input[0])
         if p is not None and p.name in nodes: res[n.name] = p.name
     return res
 
@@ -176,14 +177,14 @@ class Static:
         self.before = _in_front(proto, self.nodes)
 
     def with_those_before(self, keep) -> list[str]:
-        "Nodes that stay float, and those directly in front of them"
+        "Nodes that stay float, and those in front of them with an activation between"
         res = set(keep)
         for n in keep:
             while (n := self.before.get(n)) is not None: res.add(n)
         return [n for n in self.nodes if n in res]
 
     def segments(self) -> list[list[str]]:
-        "Nodes one behind the other, with nothing but activations between them"
+        "Nodes one behind the other, with an activation between them"
         last = [n for n in self.nodes if n not in self.before.values()]
         return [self.with_those_before([n]) for n in last]
 
