@@ -20,7 +20,7 @@ def _other(name):
     "Another script of this folder, as a module"
     sys.path.append(str(ROOT/'benchmarks'))
     try: return __import__(name)
-    finally: sys.path.remove(str(ROOT/'benchmarks'))
+    finally: sys.path[:] = [p for p in sys.path if p != str(ROOT/'benchmarks')]    # the script may have done so itself
 
 def _md(head, rows, right):
     "A table; the columns from `right` on are numbers"
