@@ -127,7 +127,7 @@ def least_error(
         return float((h*np.square((np.clip(np.round(c/s) + z, 0, 255) - z)*s - c)).sum())
     parts = np.linspace(1, .3, 15)
     ends = [(min(lo, 0)*a, max(hi, 0)*b) for a in (parts if lo < 0 else [1]) for b in (parts if hi > 0 else [1])]
-    return min(ends, key=lambda e: error(*e))
+    return tuple(map(float, min(ends, key=lambda e: error(*e))))
 
 def tight_ranges(
     proto,              # float ModelProto
