@@ -19,7 +19,8 @@ from fasterai.export import exporters, learner as _, onnx as export_room
 from fasterai.export.int8 import quantize_onnx
 from fasterai.export.onnx import export_onnx
 from fasterai.export.runtime import ONNXModel, load_onnx_learner
-from fasterai.export.verify import verify_onnx
+from fasterai.export.static import Static, _lost, least_error, mean_shifts
+from fasterai.export.verify import session, verify_onnx
 from fasterai.quantize.formats import Int
 from fasterai.quantize.quantizer import Quantizer
 
@@ -516,6 +517,106 @@ def test_a_norm_keeps_its_own_operator(tmp_path):
     made = {o: n.op_type for n in proto.graph.node for o in n.output}
     norms = [n for n in proto.graph.node if n.op_type == 'LayerNormalization']
     assert len(norms) == 2 and all(made[n.input[0]] == 'Sum' for n in norms) and res.error < 1e-5
+
+def test_several_items_in_one_run(tmp_path):
+    learn = Learner(image_dls(), conv_net(), loss_func=CrossEntropyLossFlat())
+    learn.export_onnx(tmp_path/'a.onnx', **SCRIPT)
+    model = load_onnx_learner(tmp_path/'a.onnx')
+    for one,many in zip(map(model.predict, pictures[:3]), model.predict_batch(pictures[:3])):
+        assert one[:2] == many[:2]
+        np.testing.assert_allclose(one[2], many[2], atol=1e-6)
+    assert model.predict_batch([]) == []
+    learn,_ = text_learner()
+    learn.export_onnx(tmp_path/'t.onnx', **SCRIPT)
+    model,texts = load_onnx_learner(tmp_path/'t.onnx'),[['w1', 'w2', 'w3'], ['w4']*30, ['w5', 'w6']]
+    for one,many in zip(map(model.predict, texts), model.predict_batch(texts)): np.testing.assert_allclose(one[2], many[2], atol=1e-6)
+    for bad in ([0, 10**6], [.5], [[2, 3], [4]]):
+        with pytest.raises((ValueError, TypeError), match='ids must be from 0|list of tokens|predict_batch'): model.predict(bad)
+
+def test_items_of_the_wrong_kind_are_named(tmp_path):
+    learn = Learner(image_dls(), conv_net(), loss_func=CrossEntropyLossFlat())
+    learn.export_onnx(tmp_path/'a.onnx', **SCRIPT)
+    model,p = load_onnx_learner(tmp_path/'a.onnx'),pictures[0]
+    for item,kind,text in ((torch.zeros(24, 24, 3), TypeError, 'path, the bytes.*NumPy array.*got Tensor'), (p/255., ValueError, r'float64 from 0.*round\(\)'),
+        (p.astype(int), ValueError, "got int64 from .*astype"), (p.transpose(2, 0, 1), ValueError, 'height, width, channels.*transpose'),
+        ([p, p], TypeError, 'list of 2: use predict_batch'), (p[None], ValueError, 'predict_batch'), (p[:0], ValueError, '0×48×3'), (3, TypeError, 'got int'),
+        ('no.jpg', FileNotFoundError, 'no such file: no.jpg'), (tmp_path/'a.onnx', ValueError, 'no image that Pillow can read')):
+        with pytest.raises(kind, match=text): model.predict(item)
+    with pytest.raises(TypeError, match='takes a list of items, got str'): model.predict_batch('a.jpg')
+    with pytest.raises(TypeError, match="'image' must be a NumPy array, got Tensor"): model(torch.zeros(1, 24, 24, 3, requires_grad=True))
+    (tmp_path/'b.onnx').write_text('no')
+    with pytest.raises(ValueError, match='b.onnx is no ONNX file'): ONNXModel(tmp_path/'b.onnx')
+    with pytest.raises(FileNotFoundError, match='no such file'): verify_onnx(nn.Linear(2, 2), tmp_path/'c.onnx', torch.zeros(2, 2))
+
+def test_rows_of_the_wrong_kind_are_named(tmp_path):
+    learn,df = table_learner()
+    learn.export_onnx(tmp_path/'a.onnx', **SCRIPT)
+    model,row = load_onnx_learner(tmp_path/'a.onnx'),dict(df.iloc[0])
+    assert [o[0] for o in model.predict_batch([row, df.iloc[1]])] == [model.predict(df.iloc[i])[0] for i in (0, 1)]
+    for item,kind,text in (([*row.values()], TypeError, "by name.*'job', 'level', 'age', 'hours'"), (df, TypeError, 'one row, got a DataFrame'),
+        ([row, row], TypeError, 'list of 2: use predict_batch'), ({k: v for k,v in row.items() if k != 'hours'}, ValueError, "no column 'hours'"),
+        (row | dict(hours='many'), ValueError, "'hours' must be a number, got 'many'")):
+        with pytest.raises(kind, match=text): model.predict(item)
+
+def test_a_resize_of_batches_is_named(tmp_path):
+    from fastai.vision.augment import RandomResizedCropGPU
+    learn = Learner(image_dls(item_tfms=Resize(32)), conv_net(), loss_func=CrossEntropyLossFlat())
+    learn.dls.valid.after_batch.add(RandomResizedCropGPU(24))
+    with pytest.raises(ValueError, match='RandomResizedCropGPU in batch_tfms resizes images in validation from 32×32 to 24×24.*item_tfms'):
+        learn.export_onnx(tmp_path/'a.onnx', **SCRIPT)
+    assert not any(tmp_path.iterdir())
+
+def test_only_float_files_are_quantized(tmp_path):
+    x = torch.randn(8, 3, 16, 16)
+    export_onnx(conv_net(), tmp_path/'a.onnx', x, **SCRIPT)
+    export_onnx(conv_net(), tmp_path/'half.onnx', x, half=True, **SCRIPT)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        quantize_onnx(tmp_path/'a.onnx', tmp_path/'b.onnx', x)
+    with pytest.raises(ValueError, match='b.onnx is in 8 bits already .it has DequantizeLinear'): quantize_onnx(tmp_path/'b.onnx', tmp_path/'c.onnx', x)
+    with pytest.raises(ValueError, match='half.onnx holds weights in 16 bits.*half=True'): quantize_onnx(tmp_path/'half.onnx', tmp_path/'c.onnx', x)
+    assert not (tmp_path/'c.onnx').exists()
+
+def test_means_of_depthwise_layers_are_kept(tmp_path):
+    "Inputs far from zero: rounding nine weights shifts the mean of a channel, which the bias takes back"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4*14*14, 5)).eval()
+    x = 5 + .1*torch.randn(32, 8, 16, 16)
+    with torch.no_grad(): net[0].weight[:] = 4*torch.randn_like(net[0].weight); net[0].bias[:] = 20 - 5*net[0].weight.sum((1, 2, 3))
+    export_onnx(net, tmp_path/'a.onnx', x, **SCRIPT)
+    static = Static(tmp_path/'a.onnx', tmp_path, [dict(input=x.numpy())])
+    static.write(tmp_path/'b.onnx')
+    lost = _lost(static.proto, tmp_path/'b.onnx', static.nodes)
+    shifts = mean_shifts(static.proto, lost, static.feeds, tmp_path)
+    for (n,d),i in zip(shifts.items(), (0, 2, 4)):
+        layer,seen = net[i],net[:i](x).detach().double()
+        W = torch.from_numpy(lost[n]).double() if lost[n].shape == tuple(layer.weight.shape) else torch.from_numpy(lost[n].T.copy()).double()
+        f = torch.nn.functional.linear if i == 4 else lambda v,w: torch.nn.functional.conv2d(v, w, groups=layer.groups)
+        y = f(seen, W)
+        np.testing.assert_allclose(d, y.mean([k for k in range(y.ndim) if k != 1]).numpy(), atol=1e-4)
+    def error(path):
+        y = static_run(path, x)
+        return float(np.square(y - net(x).detach().numpy()).mean())
+    plain = error(tmp_path/'b.onnx')
+    static.shifts = shifts
+    static.write(tmp_path/'c.onnx')
+    assert error(tmp_path/'c.onnx') < plain
+
+def static_run(path, x): return session(path).run(None, dict(input=x.numpy()))[0]
+
+def test_the_range_with_the_least_error():
+    "Against all ranges of a grid, on the values themselves"
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(0, 1, 5000), [40., -3.]])
+    h,_ = np.histogram(x, 2048, (x.min(), x.max()))
+    def error(lo, hi):
+        s = (hi - lo)/255
+        z = np.round(-lo/s)
+        return np.square((np.clip(np.round(x/s) + z, 0, 255) - z)*s - x).sum()
+    lo,hi = least_error(h, float(x.min()), float(x.max()))
+    assert error(lo, hi) < error(x.min(), x.max()) and lo <= 0 <= hi
+    assert error(lo, hi) <= 1.02*min(error(x.min()*a, x.max()*b) for a in np.linspace(1, .3, 15) for b in np.linspace(1, .3, 15))
+    assert least_error(np.ones(2048), 0., 6.) == (0., 6.)
 
 def test_what_a_file_of_a_learner_cannot_do(tmp_path):
     from fastai.callback.core import Callback

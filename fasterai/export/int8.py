@@ -77,11 +77,15 @@ def _beside(dense, sess, cases) -> tuple[list[Trial],float]:
         cosines.append(_cosine(a, b))
     return res,float(np.mean(cosines))
 
-def _measure(dense, feeds, path):
-    "Error and agreement of a file on `feeds`"
-    found,_ = _beside(dense, session(path), [('', f) for f in feeds])
-    shares = [t.agreement for t in found if t.agreement is not None]
-    return float(np.mean([t.error for t in found])), float(np.mean(shares)) if shares else 1.
+def _measured(dense, feeds):
+    "A function: file -> error on `feeds`, and the share of answers that agree"
+    want = [_first(dense.run(None, f)) for f in feeds]
+    def measure(path):
+        sess = session(path)
+        got = [_first(sess.run(None, f)) for f in feeds]
+        shares = [s for a,b in zip(want, got) if (s := _same(a, b)) is not None]
+        return float(np.mean([*map(_norm_error, want, got)])), float(np.mean(shares)) if shares else 1.
+    return measure
 
 # %% ../../nbs/export/int8.ipynb #c54fc1bb
 def _known(proto):
@@ -92,6 +96,15 @@ def _known(proto):
     return {n: (n, w, short(w)) for n,w in weighted(proto).items()}
 
 def _excluded(proto, exclude): return select(_known(proto), exclude, 'exclude', what='node') if exclude else []
+
+_EIGHT = 'QuantizeLinear', 'DequantizeLinear', 'DynamicQuantizeLinear', 'QLinearConv', 'QLinearMatMul', 'ConvInteger', 'MatMulInteger'
+
+def _check_float(path, proto):
+    "Raise where the weights are not float32"
+    if (found := {n.op_type for n in proto.graph.node} & {*_EIGHT}):
+        raise ValueError(f'{path.name} is in 8 bits already (it has {min(found)} nodes): pass the float32 file that it was made from.')
+    kinds = {t.data_type for t in proto.graph.initializer if t.name in weighted(proto).values()}
+    if kinds & {10, 16}: raise ValueError(f'{path.name} holds weights in 16 bits: export it without half=True, and quantize that file.')
 
 def _how(proto, how):
     if how not in ('auto','static','dynamic'): raise ValueError(f"how must be 'auto', 'static' or 'dynamic', got {_short(how)}.")
@@ -116,13 +129,13 @@ def _static(path, out, folder, exclude, feeds, dense, least):
     if feeds is None: raise ValueError('static quantization needs data=: convolutions have no dynamic form that is faster.')
     static,notes = Static(path, folder, feeds),[]
     keep = static.with_those_before([n for n in exclude if n in static.nodes])
-    static.write(out, keep)
-    tried = feeds[-max(1, len(feeds)//2):]
-    if least is not None and _measure(dense, tried, out)[1] < least:
-        keep = kept_float(static, out, keep, partial(_measure, dense, tried), least)
+    measure = _measured(dense, feeds)
+    static.tune(out, keep, measure)
+    if least is not None and measure(out)[1] < least:
+        keep = kept_float(static, out, keep, measure, least)
         some = ', '.join(keep[:6]) + ', …'*(len(keep) > 6)
         notes.append(f'for an agreement of {least:g}, {len(keep)} of {len(static.nodes)} nodes stay float: {some}')
-    return notes or [f'{len(static.nodes) - len(keep)} of {len(static.nodes)} nodes in 8 bits']
+    return [*(notes or [f'{len(static.nodes) - len(keep)} of {len(static.nodes)} nodes in 8 bits']), static.how]
 
 def _dynamic(proto, out, folder, exclude, feeds, rows, smooth, embeddings):
     p,scales = Products(proto, exclude),{}
@@ -173,6 +186,7 @@ def quantize_onnx(
     if not path.is_file(): raise FileNotFoundError(f'no such file: {path}.')
     check_target(out, overwrite)
     proto,dense = onnx.load(str(path)),session(path)
+    _check_float(path, proto)
     how,keep = _how(proto, how),_excluded(proto, exclude)
     if _TABLES[embeddings] == 4 and opset(proto) < 18:
         raise ValueError(f'embeddings=4 needs opset 18 or newer, the file has {opset(proto)}: export it with opset=18, or pass embeddings=True.')

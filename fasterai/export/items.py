@@ -6,7 +6,7 @@
 __all__ = ['image_array', 'row_arrays', 'text_ids']
 
 # %% ../../nbs/export/items.ipynb #f77addd9
-import io
+import io, os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 import numpy as np
@@ -46,17 +46,42 @@ def _wider(im, step):
 _STEPS = dict(resize=_resized, wider=_wider, centre=lambda im,step: _crop_pad(im, step['size'], _centre(im, step['size']), step))
 
 # %% ../../nbs/export/items.ipynb #32039485
+def _pixels(a):
+    "An array of bytes that Pillow takes, or an error"
+    if a.ndim not in (2, 3) or a.ndim == 3 and a.shape[2] not in (1, 3, 4) or not a.size:
+        way = 'predict_batch takes several images' if a.ndim == 4 else 'axes in another order: x.transpose(1, 2, 0)' if a.ndim == 3 else ''
+        raise ValueError(f'an image must be an array (height, width, channels), got {"×".join(map(str, a.shape)) or "a number"}'
+            f'{" (" + way + ")" if way else ""}.')
+    if a.dtype != np.uint8:
+        way = '(x*255).round()' if a.dtype.kind == 'f' and 0 <= a.min() and a.max() <= 1 else 'x'
+        raise ValueError(f'pixels must be uint8 from 0 to 255, got {a.dtype} from {a.min():g} to {a.max():g}. '
+            f"Pass {way}.astype('uint8'), before any normalization.")
+    return a[:,:,0] if a.shape[2:] == (1,) else a
+
+def _opened(item):
+    "A Pillow image"
+    from PIL import Image, UnidentifiedImageError
+    if isinstance(item, Image.Image): return item
+    if isinstance(item, np.ndarray): return Image.fromarray(_pixels(item))
+    if isinstance(item, (list, tuple)):
+        raise TypeError(f'predict takes one item, got a {type(item).__name__} of {len(item)}: use predict_batch.')
+    raw,path = isinstance(item, (bytes, bytearray)),isinstance(item, (str, os.PathLike))
+    if not raw and not path and not hasattr(item, 'read'):
+        raise TypeError('an image must be a path, the bytes of a file, a Pillow image, or a NumPy array (height, width, channels) of '
+            f'uint8, got {type(item).__name__}.')
+    if path and not os.path.isfile(item): raise FileNotFoundError(f'no such file: {item}.')
+    try: return Image.open(io.BytesIO(item) if raw else item)
+    except UnidentifiedImageError: raise ValueError(f'{item if path else "the item"} is no image that Pillow can read.') from None
+
 def image_array(
     item: Any,              # path, bytes, Pillow image, or array (height, width, channels) of uint8
     mode: str,              # 'RGB' or 'L'
     steps: list[dict]|None, # item transforms; None where they are unknown
 ) -> np.ndarray:            # (height, width, channels), uint8
     "An image as the file takes it"
-    from PIL import Image
     if steps is None and not isinstance(item, np.ndarray):
         raise ValueError('the item transforms of this model could not be stored: resize the image as in training, and pass it as an array.')
-    if isinstance(item, np.ndarray): item = Image.fromarray(item)
-    elif not isinstance(item, Image.Image): item = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+    item = _opened(item)
     im = item.convert(mode) if item.mode != mode else item
     for s in steps or (): im = _STEPS[s['step']](im, s)
     a = np.asarray(im)
@@ -70,12 +95,26 @@ def _code(v, classes, name):
     if _missing(v): return 0
     return next((i for i,c in enumerate(classes) if i and c == v), 0)
 
+def _number(v, name):
+    try: return float(v)
+    except (TypeError, ValueError): raise ValueError(f'{name!r} must be a number, got {v!r}.') from None
+
+def _check_row(row, names):
+    if getattr(row, 'ndim', 1) == 2:
+        raise TypeError(f'predict takes one row, got a {type(row).__name__}: pass df.iloc[0], or use predict_batch.')
+    if isinstance(row, (list, tuple)) and row and hasattr(row[0], 'keys'):
+        raise TypeError(f'predict takes one row, got a {type(row).__name__} of {len(row)}: use predict_batch.')
+    if not hasattr(row, 'keys'):
+        raise TypeError(f'a row must have its values by name, as a dictionary or a Series, got {type(row).__name__}. '
+            f'Columns: {", ".join(map(repr, names))}.')
+
 def row_arrays(
     row: Mapping[str,Any],  # or a Series
     columns: dict,          # categories, numbers, and what is filled in
 ) -> tuple[np.ndarray,...]: # codes (categories,), int64, and numbers (columns,), float32
     "A row as the file takes it"
     cats,conts,flags = columns['cats'],columns['conts'],columns['flags']
+    _check_row(row, [c for c in (*cats, *conts) if c not in flags])
     lost = [c for c in (*cats, *conts) if c not in row and c not in flags]
     if lost:
         known = ', '.join(repr(c) for c in (*cats, *conts) if c not in flags)
@@ -85,9 +124,17 @@ def row_arrays(
         raise ValueError(f'{bad[0]!r} is missing, and was never missing in training, so there is no value to fill in: pass a number.')
     def value(c): return flags[c] in gaps if c in flags else row[c]
     codes = [_code(value(c), classes, c) for c,classes in cats.items()]
-    return np.array(codes, np.int64), np.array([np.nan if c in gaps else row[c] for c in conts], np.float32)
+    return np.array(codes, np.int64), np.array([np.nan if c in gaps else _number(row[c], c) for c in conts], np.float32)
 
 # %% ../../nbs/export/items.ipynb #4473c0e8
+def _checked(ids, tokens):
+    if isinstance(ids[0], (list, tuple)): raise TypeError(f'predict takes one text, got {len(ids)}: use predict_batch.')
+    a = np.asarray(ids)
+    if a.ndim != 1 or a.dtype.kind not in 'iu': raise ValueError(f'a text must be a list of tokens, or of ids, got {a.dtype}.')
+    if tokens is not None and (a.min() < 0 or a.max() >= len(tokens)):
+        raise ValueError(f'ids must be from 0 to {len(tokens) - 1}, got {a[(a < 0) | (a >= len(tokens))][0]}.')
+    return a.astype(np.int64)
+
 def text_ids(
     item: str|Sequence,         # tokens, ids, or a text
     tokens: list[str]|None,     # the vocabulary
@@ -98,9 +145,9 @@ def text_ids(
         if tokenizer is None: raise ValueError('a text needs the tokenizer of training, which no file can hold: pass a list of tokens, or '
             'load_onnx_learner(path, tokenizer=f), where f turns a text into tokens.')
         item = tokenizer(item)
-    item = list(item)
+    item = item.tolist() if hasattr(item, 'tolist') else [*item]
     if not item: raise ValueError('the text has no tokens.')
-    if not isinstance(item[0], str): return np.array(item, np.int64)
+    if not isinstance(item[0], str): return _checked(item, tokens)
     if tokens is None: raise ValueError('this file holds no vocabulary: pass ids.')
     at = {t: i for i,t in enumerate(tokens)}
     return np.array([at.get(t, 0) for t in item], np.int64)

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 import numpy as np, torch
 from fastai.callback.progress import ProgressCallback      # adds learn.no_bar
+from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.learner import Learner
 from fastai.vision.core import PointScaler
 from fastai.torch_core import TensorImage, get_model
@@ -22,8 +23,8 @@ from fastcore.meta import delegates
 from fasttransform import Pipeline
 from ..core.validate import check_idle
 from ..core.batches import _rng_kept, left_as_found, run_batches
-from fasterai.export.about import (columns_of, images_of, kind_of, mode_of, numbers_of, rows_as_tensors, rows_to_try, scaling_of, steps_of,
-    vocab_of)
+from .about import (_dl, columns_of, images_of, kind_of, mode_of, numbers_of, rows_as_tensors, rows_to_try,
+    scaling_of, steps_of, vocab_of)
 from .exporters import check_target, needs, staged
 from .int8 import quantize_onnx
 from .items import image_array
@@ -84,10 +85,23 @@ def _example(learn, kind, normalize, files):
 
 def _scaled(learn, images):
     "Bytes as the model sees them: through all transforms of a batch in validation"
-    dl = learn.dls.valid if len(learn.dls.loaders) > 1 else learn.dls.train
+    dl = _dl(learn.dls)
     x = TensorImage(images.permute(0, 3, 1, 2).contiguous().to(_device(get_model(learn.model))))
     pipe = Pipeline(list(dl.after_batch.fs), split_idx=1)
     return pipe(x).as_subclass(torch.Tensor)
+
+def _check_batch(learn, images):
+    "Raise where a transform of batches changes images in validation, and is none that the file does"
+    x = TensorImage(images[:2].permute(0, 3, 1, 2).contiguous().to(_device(get_model(learn.model))))
+    for f in Pipeline(list(_dl(learn.dls).after_batch.fs)).fs:
+        y = Pipeline([f], split_idx=1)(x)
+        if not isinstance(f, (IntToFloatTensor, Normalize)) and (y.shape != x.shape or not torch.allclose(y.float(), x.float(), atol=1e-3)):
+            to = '' if y.shape == x.shape else ' from {}×{} to {}×{}'.format(*x.shape[2:], *y.shape[2:])
+            way = ', or resize in item_tfms' if to else ''
+            raise ValueError(f'the file would predict something else than learn.predict: {type(f).__name__} in batch_tfms '
+                f'{"resizes" if to else "changes"} images in validation{to}, which no file does. '
+                f'normalize=False exports the model alone{way}.')
+        x = y
 
 def _served(learn, kind, decode, normalize, files):
     "The model with what stands around it"
@@ -119,8 +133,8 @@ def _check_learner(learn, what, whole=False, opts={}):
         raise ValueError('dynamic=False makes a file for one number of rows, and predict takes one item at a time: leave it out, '
                          'or export the model alone with decode=False, normalize=False.')
     if any(isinstance(t, PointScaler) for t in getattr(getattr(learn.dls, 'after_item', None), 'fs', ())):
-        raise ValueError('learn.predict turns points and boxes into pixels, which the file cannot do: decode=False gives them as the model does, '
-                         'from -1 to 1.')
+        raise ValueError('learn.predict turns points and boxes into pixels, which the file cannot do: decode=False gives them '
+                         'as the model does, from -1 to 1.')
 
 _CLOSE = 1e-4       # largest difference of a probability, or of a value relative to its size
 
@@ -173,6 +187,8 @@ def export_onnx(self:Learner,
     kind = kind_of(self.dls, model)
     files = _files(self, kind, normalize, 8)
     if kind == 'tabular' and not normalize: files = self.dls.valid if len(self.dls.valid) else files
+    if kind == 'vision' and normalize:
+        with _rng_kept(_device(model)): _check_batch(self, files[0])
     served = _served(self, kind, decode, normalize, files)
     about = _about(self, kind, decode, normalize, served)
     with staged(path, overwrite) as tmp:

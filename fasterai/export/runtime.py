@@ -7,7 +7,7 @@ __all__ = ['ONNXModel', 'load_onnx_learner']
 
 # %% ../../nbs/export/runtime.ipynb #a3a46c8f
 import json, os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -19,9 +19,14 @@ _DTYPES = {'tensor(float)': 'float32', 'tensor(double)': 'float64', 'tensor(floa
 
 def _axes(shape): return '×'.join(map(str, shape)) or 'a number'
 
+def _as_array(x, name):
+    try: return np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f'the input {name!r} must be a NumPy array, got {type(x).__name__}: {str(e).splitlines()[0]}') from None
+
 def _fitting(x, want):
     "`x` as the input `want`; raises where it is something else"
-    a,dtype = np.asarray(x),_DTYPES.get(want.type)
+    a,dtype = _as_array(x, want.name),_DTYPES.get(want.type)
     shape = [s if isinstance(s, int) else None for s in want.shape]
     fits = a.ndim == len(shape) and all(s in (None, n) for s,n in zip(shape, a.shape))
     kind = {'f': 'f', 'i': 'iu', 'u': 'iu', 'b': 'b'}.get(np.dtype(dtype).kind if dtype else '', '')
@@ -32,6 +37,13 @@ def _fitting(x, want):
     return np.ascontiguousarray(a.astype(dtype) if dtype else a)
 
 # %% ../../nbs/export/runtime.ipynb #367ab775
+def _loaded(path, options, providers):
+    from onnxruntime import InferenceSession
+    from onnxruntime.capi import onnxruntime_pybind11_state as o
+    try: return InferenceSession(str(path), options, providers=providers)
+    except (o.InvalidProtobuf, o.InvalidGraph, o.NotImplemented, o.Fail) as e:
+        raise ValueError(f'{path} is no ONNX file that this ONNX Runtime loads: {str(e).splitlines()[0][:200]}') from None
+
 class ONNXModel:
     "An ONNX file that is called with arrays, and predicts for items where a Learner made it"
     def __init__(self,
@@ -50,7 +62,7 @@ class ONNXModel:
         so.log_severity_level = 3
         if threads is not None: so.intra_op_num_threads = threads
         self.path,self.tokenizer = path,tokenizer
-        self.session = ort.InferenceSession(str(path), so, providers=wanted)
+        self.session = _loaded(path, so, wanted)
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         self.learner = json.loads(self.metadata.get('fasterai', '{}'))      # what is known of the Learner
 
@@ -90,10 +102,20 @@ class ONNXModel:
         item: Any,      # as for `learn.predict`: an image, a row, a text; for other models the arrays of one item
     ) -> tuple:         # decoded, index or values, probabilities
         "The prediction for one item, as `learn.predict` gives it"
+        return self.predict_batch([item])[0]
+
+    def predict_batch(self,
+        items: Iterable,        # as for `predict`
+    ) -> list[tuple]:           # for each item: decoded, index or values, probabilities
+        "The predictions for several items, in one run of the file"
         if 'kind' not in self.learner:
             raise ValueError(f'{self.path.name} was not made by learn.export_onnx, so nothing is known of items: '
                 'call the model with arrays.')
-        return _decoded(self.learner, self(*(a[None] for a in _arrays(self, item))))
+        if isinstance(items, (str, bytes, os.PathLike, Mapping)):
+            raise TypeError(f'predict_batch takes a list of items, got {type(items).__name__}: use predict for one.')
+        xs = [_arrays(self, o) for o in items]
+        outs = self(*_stacked(xs, self.learner)) if xs else ()
+        return [_decoded(self.learner, outs, i) for i in range(len(xs))]
 
 # %% ../../nbs/export/runtime.ipynb #2fa44560
 def _arrays(model, item):
@@ -104,10 +126,19 @@ def _arrays(model, item):
     if about['kind'] == 'text': return text_ids(item, about.get('tokens'), model.tokenizer),
     return tuple(map(np.asarray, item if isinstance(item, (tuple, list)) else [item]))
 
-def _decoded(about, outs):
-    "As `learn.predict` returns it"
+def _stacked(xs, about):
+    "The inputs of several items; texts are padded behind"
+    if about['kind'] == 'text':
+        n = max(len(ids) for ids, in xs)
+        xs = [(np.pad(ids, (0, n - len(ids)), constant_values=about.get('pad', 0)),) for ids, in xs]
+    shapes = {tuple(a.shape for a in o) for o in xs}
+    if len(shapes) > 1: raise ValueError(f'the items of one batch must have the same shape, got {", ".join(map(str, sorted(shapes)))}.')
+    return [np.stack(o) for o in zip(*xs)]
+
+def _decoded(about, outs, i):
+    "As `learn.predict` returns it, for item `i`"
     how,vocab,outs = about['decode'],about.get('vocab'),outs if isinstance(outs, tuple) else (outs,)
-    outs = [o[0] for o in outs]
+    outs = [o[i] for o in outs]
     if how == 'value': return outs[0],outs[0],outs[0]
     probs,found = outs[:2]
     if how == 'mask' or vocab is None: return found,found,probs

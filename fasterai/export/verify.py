@@ -130,6 +130,7 @@ def verify_onnx(
 ) -> ONNXReport:                    # true where the file answers as the model does
     "Compare a file with a model"
     needs('onnx', 'onnxruntime')
+    if not Path(path).is_file(): raise FileNotFoundError(f'no such file: {path}.')
     form,batches = batches_of(model, data, n_batches)
     xs,sess = traced(batches[0]),session(path)
     cases = trials(model, form, xs, dynamic_axes(model, form, xs, dynamic))
