@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
         zeros = torch.full_like(q.scales, 2**(bits-1), dtype=torch.uint8) if q.zeros is None else unpack_codes(q.zeros, bits)[:,:groups]
         codes = F.pad(codes, (0, blocks*self.block - n)).view(self.m, blocks, self.block)
         self.register_buffer('codes', pack_codes(codes, wide))
-        self.register_buffer('scales', q.scales.detach().float().repeat_interleave(per, 1).flatten())
+        self.register_buffer('scales', q.current().detach().float().repeat_interleave(per, 1).flatten())
         self.register_buffer('zeros', pack_codes(zeros.repeat_interleave(per, 1), wide).flatten())
         self.bias = None if q.bias is None else nn.Parameter(q.bias.detach().float().clone(), False)
 

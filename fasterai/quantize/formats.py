@@ -78,8 +78,9 @@ class Pair:
     kinds: ClassVar[tuple[str,...]] = ('linear',)
 
     def __post_init__(self):
-        if isinstance(self.share, bool) or not isinstance(self.share, Real): raise TypeError(f'share must be a number, got {_short(self.share)}.')
-        if not 0 < self.share < 1: raise ValueError(f'share must be between 0 and 1, got {self.share}. For a quarter of the weights pass 0.25.')
+        s = self.share
+        if isinstance(s, bool) or not isinstance(s, Real): raise TypeError(f'share must be a number, got {_short(s)}.')
+        if not 0 < s < 1: raise ValueError(f'share must be between 0 and 1, got {s}. For a quarter of the weights pass 0.25.')
         object.__setattr__(self, 'group', self.factors.group)
 
     @property

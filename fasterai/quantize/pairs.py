@@ -83,9 +83,12 @@ class RoundedPair:
     base: Rounded|None = None       # (1, m, n), which the pair corrects; None: the pair is all there is
 
     @property
-    def parts(self) -> tuple[Rounded,...]: return self.low if self.base is None else (self.base, *self.low)
+    def named(self) -> dict[str,Rounded]:
+        "The parts by their place in the layer"
+        if self.base is None: return dict(zip(('0.', '1.'), self.low))
+        return dict(zip(('base.', 'low.0.', 'low.1.'), (self.base, *self.low)))
     @property
-    def how(self) -> str: return 'feedback' if any(o.how == 'feedback' for o in self.parts) else 'nearest'
+    def how(self) -> str: return 'feedback' if any(o.how == 'feedback' for o in self.named.values()) else 'nearest'
     @property
     def values(self) -> torch.Tensor:
         "The weight that they stand for, (1, m, n), float32"
