@@ -15,7 +15,8 @@ from fasterai.core.distill import SelfDistillation
 from fasterai.prune import learner as _     # learn.prune
 from fasterai.quantize import learner as _  # learn.bit_find
 from fasterai.quantize.formats import Half, Int
-from fasterai.quantize.layers import QuantConv, QuantEmbedding, QuantLayer, QuantLinear, rounded_of
+from fasterai.quantize.base import QuantLayer, rounded_of
+from fasterai.quantize.layers import QuantConv, QuantEmbedding, QuantLinear
 from fasterai.quantize.policies import ByteBudget
 from fasterai.quantize.quantizer import Quantizer
 from fasterai.quantize.search import bit_find
@@ -235,7 +236,7 @@ def test_parameter_groups_and_frozen_layers():
     learn.freeze()
     was = learn.model[0].weight.detach().clone()
     fit(learn, 1, 1e-2, cbs=QuantizeTraining(3))
-    assert not learn.model[0].scales.requires_grad and learn.model[2].scales.requires_grad and len(learn.opt.param_lists) == 2
+    assert not learn.model[0].gain.requires_grad and learn.model[2].gain.requires_grad and len(learn.opt.param_lists) == 2
     assert torch.equal(learn.uncompress().model[0].weight, was)
 
 def test_with_distillation():
