@@ -2369,6 +2369,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fasterai/quantize/pairs.py'),
                                          'fasterai.quantize.pairs._between': ('quantize/pairs.html#_between', 'fasterai/quantize/pairs.py'),
                                          'fasterai.quantize.pairs._blocks': ('quantize/pairs.html#_blocks', 'fasterai/quantize/pairs.py'),
+                                         'fasterai.quantize.pairs._first_few': ( 'quantize/pairs.html#_first_few',
+                                                                                 'fasterai/quantize/pairs.py'),
                                          'fasterai.quantize.pairs._narrow': ('quantize/pairs.html#_narrow', 'fasterai/quantize/pairs.py'),
                                          'fasterai.quantize.pairs._ridged': ('quantize/pairs.html#_ridged', 'fasterai/quantize/pairs.py'),
                                          'fasterai.quantize.pairs._root': ('quantize/pairs.html#_root', 'fasterai/quantize/pairs.py'),

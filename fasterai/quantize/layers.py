@@ -141,6 +141,7 @@ def quant_layer(
     scale_dtype: torch.dtype = torch.float16,
 ) -> nn.Module:         # to be filled, unless `f` is Half
     "The quantized form of `layer`"
+    if 'conv' not in f.kinds and not isinstance(layer, nn.Linear): raise TypeError(f'{f} is for nn.Linear, not for {type(layer).__name__}.')
     if isinstance(f, Half): return half_linear(layer, f)
     if isinstance(f, (Pair, Corrected)): return _low_rank(layer, f, scale_dtype)
     w = layer.weight

@@ -26,7 +26,7 @@ def _blocks(S, dtype):
         yield slice(i, i := i + C.shape[-1]), C[0].to(dtype)
 
 def _between(X, S, Y):
-    "X S Yᵀ"
+    "X S Yᵀ, fastest where Y has few rows"
     return X @ Y.T if S is None else sum(X[:,i] @ (C @ Y[:,i].T) for i,C in _blocks(S, X.dtype))
 
 def _root(H, dtype):
@@ -39,25 +39,40 @@ def _root(H, dtype):
 class Directions:
     "What is most important in a weight, best first"
     W: torch.Tensor     # (m, n)
-    D: torch.Tensor     # in columns: A = D_kᵀ W if m <= n, else A = D_kᵀ
+    D: torch.Tensor     # in columns
+    outer: bool         # are they directions of the outputs (m, …), A = D_kᵀ W? Else of the inputs (n, …), A = D_kᵀ
 
     def first(self, k: int) -> torch.Tensor:    # (k, n)
         "The factor A of rank `k`"
         D = self.D[:,:k].T
-        return D @ self.W if self.W.shape[0] <= self.W.shape[1] else D
+        return D @ self.W if self.outer else D
 
 def directions(
     W: torch.Tensor,                            # (m, n), finite
     S: Sequence[torch.Tensor]|None = None,      # second moments of the inputs, diagonal blocks (1, b, b); None: all inputs alike
     H: torch.Tensor|None = None,                # weight of the outputs (m, m), or its diagonal (m,); None: all outputs alike
+    k: int|None = None,                         # as many as are needed; None: all
 ) -> Directions:
-    "The directions that pairs of any rank keep; in float32 where the moments are in blocks, as such layers are large"
-    W = W.to(torch.float64 if S is None or len(S) == 1 else torch.float32)
-    if W.shape[0] > W.shape[1]: return Directions(W, _narrow(W, S, H))
+    "The directions that pairs of any rank keep, or of rank `k`; in float32 for large layers"
+    W = W.to(torch.float64 if min(W.shape) <= 2048 else torch.float32)
+    few = k is not None and 4*k + 32 < min(W.shape)
+    if W.shape[0] > W.shape[1] and not few: return Directions(W, _narrow(W, S, H), False)
     F = None if H is None else _root(H.to(W.device), W.dtype)
-    G = _between(W, S, W)
-    U = torch.linalg.eigh(G if F is None else F.T @ G @ F).eigenvectors.flip(1)
-    return Directions(W, U if F is None else F @ U)
+    if few: U = _first_few(W, S, F, k)
+    else:
+        G = _between(W, S, W)
+        U = torch.linalg.eigh(G if F is None else F.T @ G @ F).eigenvectors.flip(1)
+    return Directions(W, U if F is None else F @ U, True)
+
+def _first_few(W, S, F, k, rounds=6):
+    "The first `k` eigenvectors of FᵀWSWᵀF, by iteration from random ones"
+    X = torch.randn(len(W), k + 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(W)
+    def times(X):
+        Y = _between(W, S, (X if F is None else F @ X).T @ W)
+        return Y if F is None else F.T @ Y
+    for _ in range(rounds): X = torch.linalg.qr(times(X)).Q
+    M = X.T @ times(X)
+    return X @ torch.linalg.eigh((M + M.T)/2).eigenvectors.flip(1)[:,:k]
 
 def _narrow(W, S, H):
     "The same for a weight with fewer inputs than outputs"
@@ -74,7 +89,7 @@ def _solved(W, S, A):
     A = A.to(W.dtype)
     G = _between(A, S, A)
     G = (G + G.T)/2
-    return torch.linalg.solve(_ridged(G, 1e-9 if G.dtype is torch.float64 else 1e-6), _between(A, S, W)).T, G
+    return torch.linalg.solve(_ridged(G, 1e-9 if G.dtype is torch.float64 else 1e-6), _between(W, S, A).T).T, G
 
 @dataclass(frozen=True, eq=False)
 class RoundedPair:
@@ -128,4 +143,4 @@ def round_low(
     k = f.rank_of(*W.shape[1:])
     if isinstance(f, Pair): return round_pair(d or directions(W[0], S, H), k, f.factors, S, rounding=rounding)
     base = round_weight(W, f.base, S, rounding=rounding, factors=factors)
-    return replace(round_pair(directions(W[0] - base.values[0], S, H), k, f.factors, S, rounding=rounding), base=base)
+    return replace(round_pair(directions(W[0] - base.values[0], S, H, k), k, f.factors, S, rounding=rounding), base=base)
