@@ -15,7 +15,8 @@ import fasterai
 from fasterai.all import ByteBudget, FC_Decomposer, Half, Int, LowRankLinear, ParamBudget, Quantizer, digits_dls
 from fasterai.core.inputs import collect_inputs
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from prune import _answer, _lite, _minilm
+from quality import _train_digits, _vgg as _build_vgg     # before prune, which takes this folder off the path
+from prune import _lite, _minilm
 sys.path = [p for p in sys.path if Path(p or '.').resolve() != Path(__file__).resolve().parent]     # onnx.py beside this file is not the package
 
 def _log(*s): print(*s, file=sys.stderr, flush=True)
@@ -153,8 +154,7 @@ def lite(cache):
 # VGG16-bn
 
 def _vgg(cache):
-    from quality import _train_digits, _vgg as build
-    build,train,data,test = _train_digits(build, 32, 3, 3e-4)
+    build,train,data,test = _train_digits(_build_vgg, 32, 3, 3e-4)
     path = Path(cache)/'vgg16_bn_digits.pth'
     if path.exists():
         model = build()
@@ -189,6 +189,39 @@ def vgg(cache):
         for b in (8, 4, 3, 2):
             if not row(f'low rank {r:g}, then {b} bits', Quantizer(b).quantize(m, few)): break
     return '\n'.join(['## VGG16-bn on digits', '', 'Bytes of the whole network.', '', _table(('weights', 'bytes', 'MB', 'accuracy'), rows)])
+
+# Picture
+
+_KINDS = (('to nearest', 'one format, to nearest', 'v'), ('ByteBudget', 'ByteBudget', 's'), ('int', 'one format, error feedback', 'o'))
+
+def _points(text):
+    "Kind of format -> predicted and measured errors in the table of MiniLM"
+    res = {}
+    for line in text.partition('## MiniLM: weights')[2].partition('\n## ')[0].splitlines():
+        cells = [c.strip() for c in line.strip('|').split('|')]
+        if len(cells) != 8 or not cells[4].startswith('0.'): continue       # rounded by others, without a prediction
+        label,marker = next((k,m) for part,k,m in _KINDS if part in cells[0])
+        res.setdefault((label, marker), []).append((float(cells[4]), float(cells[5])))
+    return res
+
+def _picture(text, path):
+    "Predicted against measured error of the hidden states"
+    from matplotlib.figure import Figure
+    points = _points(text)
+    if not points: return
+    fig = Figure(figsize=(5, 4.2), layout='constrained')
+    ax = fig.subplots()
+    ends = [f(x for xy in points.values() for o in xy for x in o) for f in (min, max)]
+    line = ends[0]/1.2,ends[1]*1.2
+    ax.plot(line, line, color='.6', lw=1, zorder=0)
+    for (label,marker),xy in points.items(): ax.plot(*zip(*xy), marker, label=label, mfc='none', ms=7)
+    ax.set(xscale='log', yscale='log', xlabel='predicted error', ylabel='measured error', title='MiniLM: error of the hidden states')
+    ticks = [t for t in (.01, .02, .05, .1, .2, .5, 1.) if line[0] <= t <= line[1]]
+    for a in (ax.xaxis, ax.yaxis):
+        a.set_ticks(ticks, [f'{t:g}' for t in ticks])
+        a.set_ticks([], minor=True)
+    ax.legend()
+    fig.savefig(path, dpi=90)
 
 # Time
 
@@ -267,5 +300,7 @@ def main(
     versions = ', '.join([f'torch {torch.__version__}', *map(_version, ('torchao', 'onnxruntime')), f'fasterai {fasterai.__version__}'])
     where = f'{platform.processor() or platform.machine()}, {threads} thread(s), Python {platform.python_version()}, {versions}.'
     head = f'# Quantization\n\n{where}'
-    if out: Path(out).write_text(_merged(Path(out), parts, head), encoding='utf-8')
+    if out:
+        Path(out).write_text(_merged(Path(out), parts, head), encoding='utf-8')
+        _picture(Path(out).read_text(encoding='utf-8'), Path(out).with_suffix('.png'))
     else: print('\n'.join([head, '', *parts]))
