@@ -7,13 +7,16 @@ import os, platform, statistics, sys, tempfile, time, warnings
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-import torch, torch.nn.functional as F
+import torch
 from fastcore.script import call_parse
 from safetensors.torch import save_file
 from torch import nn
 import fasterai
-from fasterai.all import ByteBudget, FC_Decomposer, Half, Int, LowRankLinear, ParamBudget, Quantizer, digits_dls
+from fasterai.all import ByteBudget, FC_Decomposer, Half, Int, LowRankLinear, ParamBudget, Quantizer
 from fasterai.core.inputs import collect_inputs
+from fasterai.quantize.find import find_layers
+from fasterai.quantize.formats import BITS, Corrected, Pair, weight_bytes
+from fasterai.quantize.measure import Pricer
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quality import _train_digits, _vgg as _build_vgg     # before prune, which takes this folder off the path
 from prune import _lite, _minilm
@@ -110,6 +113,42 @@ def minilm(cache):
     return '\n'.join(['## MiniLM: weights of the encoder', '', f'Moments and sensitivity of 512 sentences: {seconds:.0f} s of CPU time; '
         '512 other sentences for the test.', '', _table(head, rows)])
 
+def _candidates():
+    "Formats that a budget may choose from"
+    pairs = tuple(Pair(s, *o) for s in (.125, .25, .5) for o in ((8,), (4, 64)))
+    corrections = tuple(Corrected(*o, rank=k) for o in ((2, 32), (2, 64), (3, 64), (3, 128), (4, 128)) for k in (4, 16))
+    return {'bits': BITS, 'and pairs': (*BITS, *pairs), 'and corrections': (*BITS, *corrections)}
+
+def low(cache):
+    "Pairs and corrections beside bits, at equal bytes"
+    case,rows,formats = _minilm(cache),[],_candidates()
+    stats = collect_inputs(case.model, case.data, layers='encoder', sensitivity='full')
+    q,ref = Quantizer(ByteBudget(.1, formats=sum(formats.values(), ())), **ONLY),_hidden(case.model, case.test)
+    seen = q._look(case.model, stats, None, 'auto', None)       # prices of all formats, for all budgets
+    for r in (.08, .1, .125, .16):
+        for what,fs in formats.items():
+            q.policy = ByteBudget(r, formats=fs)
+            plan = q._choose(seen)
+            m,n = plan.apply(case.model),sum(isinstance(o.format, Pair|Corrected) for o in plan.replaced)
+            err,pred = float((_hidden(m, case.test) - ref).norm()/ref.norm()),sum(o.loss or 0 for o in plan.layers)**.5
+            rows.append((f'{r:.1%}', what, n, f'{pred:.4f}', f'{err:.4f}', f'{_cosine(case, m):.4f}'))
+            _log(*rows[-1])
+    head = 'bytes', 'candidates', 'layers of low rank', 'predicted error', 'measured error', 'cosine'
+    return '\n'.join(['## MiniLM: pairs and corrections as candidates', '', _table(head, rows)])
+
+def layer(cache):
+    "VGG's 4096→4096"
+    model,data,_ = _vgg(cache)
+    stats = collect_inputs(model, data[:6], layers='classifier.3')
+    site,rows = next(o for o in find_layers(model) if o.name == 'classifier.3'),[]
+    price = Pricer(site, stats['classifier.3'])
+    for f in (Pair(.02), Pair(.06), Int(2, group=128), Corrected(2, 128, rank=32), Int(2, group=64), Corrected(2, 64, rank=128), Int(2, group=32),
+              Int(3, group=128), Corrected(3, 128, rank=32), Int(3, group=64)):
+        rows.append((str(f), f'{weight_bytes(f, 4096, 4096)/4/4096**2:.2%}', f'{price(f).error:.4f}'))
+        _log(*rows[-1])
+    return '\n'.join(['## Linear(4096→4096) of VGG16-bn: error of the layer', '', 'Trained on digits; relative error of its output on the calibration data.',
+                      '', _table(('weights', 'bytes', 'error'), rows)])
+
 def whole(cache):
     "The whole file of MiniLM"
     case,rows = _minilm(cache),[]
@@ -167,28 +206,52 @@ def _vgg(cache):
 @torch.no_grad()
 def _accuracy(model, test): return sum(int((model(x).argmax(1) == y).sum()) for x,y in test)/sum(len(y) for _,y in test)
 
+def _bytes(m): return sum(v.nbytes for v in m.state_dict().values())
+
+def _low_ranks(model, data, row):
+    "Share -> model with that share of the weights of its fully-connected layers, as long as it is within a point; spectra are computed once"
+    plan,res = FC_Decomposer(policy=ParamBudget(.1, round_to=1), exclude='classifier.6').plan(model, data),{}
+    for r in (.1, .03, .01, .003):
+        m = plan.replan(ParamBudget(r, round_to=1)).apply(model)
+        if not row(f'low rank {r:g} of the fully-connected weights', m): break
+        res[r] = m
+    return res
+
+def _together(model, small, few, row):
+    "Bits for the models in `small`; the convolutions are the same in all of them, and rounded once"
+    convs,done,stats,least = collect_inputs(model, few, layers='features', patches=True),{},{},9
+    def rounded(r, b):
+        if b == 8: return Quantizer(8).quantize(small[r])
+        if b not in done: done[b] = Quantizer(b, layers='features').plan(model, convs)
+        if r not in stats: stats[r] = collect_inputs(small[r], few, layers='classifier')
+        return Quantizer(b, layers='classifier').plan(small[r], stats[r]).apply(done[b].apply(small[r]))
+    for r in sorted(small):         # a larger pair is worth its bytes only where it allows fewer bits
+        for b in (8, 4, 3, 2):
+            if b >= least: continue
+            if not row(f'low rank {r:g}, then {b} bits', rounded(r, b)): break
+            least = b
+
 def vgg(cache):
     "VGG16-bn on digits: the fewest bytes within a point of dense"
     model,data,test = _vgg(cache)
-    dense,rows = _accuracy(model, test),[]
-    rows.append(('dense', '100.00%', f'{sum(v.nbytes for v in model.state_dict().values())/1e6:.1f}', f'{dense:.2%}'))
-    whole = sum(v.nbytes for v in model.state_dict().values())
+    dense,whole,start,rows = _accuracy(model, test),_bytes(model),time.process_time(),[]
+    rows.append(('dense', '100.00%', f'{whole/1e6:.1f}', f'{dense:.2%}', ''))
     def row(what, m):
-        size,acc = sum(v.nbytes for v in m.state_dict().values()),_accuracy(m, test)
-        rows.append((what, f'{size/whole:.2%}', f'{size/1e6:.1f}', f'{acc:.2%}' + (' (within a point)' if acc >= dense - .01 else '')))
-        _log(*rows[-1])
-        return acc >= dense - .01
-    small = {}
-    for r in (.1, .03, .01, .003):
-        small[r] = FC_Decomposer(policy=ParamBudget(r, round_to=1), exclude='classifier.6').decompose(model, data)
-        if not row(f'low rank {r:g} of the fully-connected weights', small[r]): break
-    few = data[:8]
+        size,acc = _bytes(m),_accuracy(m, test)
+        good = acc >= dense - .01
+        rows.append((what, f'{size/whole:.2%}', f'{size/1e6:.1f}', f'{acc:.2%}', 'yes' if good else 'no'))
+        _log(f'{time.process_time() - start:.0f} s', *rows[-1])
+        return good
+    small = _low_ranks(model, data, row)
     for b in (8, 4, 3, 2):
-        if not row(f'{b} bits, to nearest', Quantizer(b, rounding='nearest').quantize(model, None)): break
-    for r,m in small.items():
-        for b in (8, 4, 3, 2):
-            if not row(f'low rank {r:g}, then {b} bits', Quantizer(b).quantize(m, few)): break
-    return '\n'.join(['## VGG16-bn on digits', '', 'Bytes of the whole network.', '', _table(('weights', 'bytes', 'MB', 'accuracy'), rows)])
+        if not row(f'{b} bits, to nearest', Quantizer(b, rounding='nearest').quantize(model)): break
+    _together(model, small, data[:8], row)
+    least = {}
+    for kind,part in (('low rank alone', lambda w: 'bits' not in w), ('bits alone', lambda w: 'low' not in w), ('both', lambda w: 'then' in w)):
+        good = [o for o in rows[1:] if o[4] == 'yes' and part(o[0])]
+        least[kind] = min(good, key=lambda o: float(o[2]))[2] + ' MB' if good else 'none'
+    return '\n'.join(['## VGG16-bn on digits', '', 'Bytes of the whole network. Fewest within a point of dense: ' +
+        ', '.join(f'{k} {v}' for k,v in least.items()) + '.', '', _table(('weights', 'bytes', 'MB', 'accuracy', 'within a point'), rows)])
 
 # Picture
 
@@ -272,7 +335,7 @@ def wide(cache):
     return '\n'.join(['## Linear(25088→4096) of VGG: time', '', f'The pair has rank {k}. CPU time, and speed relative to float32.', '',
                       _table(('layer', 'MB', 'batch 1', 'batch 32'), rows)])
 
-SECTIONS = dict(minilm=minilm, whole=whole, lite=lite, vgg=vgg, eager=eager, wide=wide)
+SECTIONS = dict(minilm=minilm, low=low, layer=layer, whole=whole, lite=lite, vgg=vgg, eager=eager, wide=wide)
 
 def _version(name):
     try: return f'{name} {version(name)}'
@@ -287,7 +350,7 @@ def _merged(path, parts, head):
 @call_parse
 def main(
     out:str='',         # Markdown file to write; sections that are not run stay as they are in it
-    only:str='',        # names of sections, separated by commas: minilm, whole, lite, vgg, eager, wide
+    only:str='',        # names of sections, separated by commas: minilm, low, layer, whole, lite, vgg, eager, wide
     cache:str='',       # folder of trained networks; a temporary one by default
     threads:int=1,      # threads of torch
 ):
