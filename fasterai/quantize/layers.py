@@ -28,7 +28,7 @@ class QuantLinear(_Weighted):
         rows = x.reshape(-1, self._n).float()
         if torch.compiler.is_compiling(): y = F.linear(round_rows(rows), self._whole(torch.float32))
         elif not self._keep('works', None, lambda _: torch.tensor(int8_works())): y = F.linear(rows, self._whole(torch.float32))
-        elif torch.is_grad_enabled() and (x.requires_grad or self.gain.requires_grad):
+        elif torch.is_grad_enabled() and (x.requires_grad or self.trains):
             y = _Integer.apply(rows, self._whole(torch.float32), self)
         else: y = self._integers(rows)
         if self.bias is not None: y = y + self.bias
@@ -60,7 +60,7 @@ class QuantEmbedding(QuantLayer):
         return self._values(self.qweight, self.zeros, self.current())
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         i = ids.flatten()
-        s = (self.scales[i]*self.gain[i]).to(self.scales.dtype)
+        s = self.scales[i] if self.gain is None else (self.scales[i]*self.gain[i]).to(self.scales.dtype)
         rows = self._values(self.qweight[i], None if self.zeros is None else self.zeros[i], s)
         return rows.view(*ids.shape, self._n)
 
@@ -158,7 +158,7 @@ def _plain(q, dtype):
     nn.Module.__init__(res)
     res.__dict__.update({k: v for k,v in _attrs(q).items() if k not in QuantLayer._own})
     kind = dtype or (torch.float32 if isinstance(q, HalfLinear) else q._dtype)
-    b,trains = q.bias,(q.weight if isinstance(q, HalfLinear) else q.gain).requires_grad
+    b,trains = q.bias,q.weight.requires_grad if isinstance(q, HalfLinear) else q.trains
     res.weight = nn.Parameter(W.to(kind).contiguous().clone(), trains)
     if not isinstance(q, QuantEmbedding): res.bias = None if b is None else nn.Parameter(b.detach().to(kind).clone(), b.requires_grad)
     return res.train(q.training)
