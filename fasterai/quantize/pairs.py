@@ -14,9 +14,9 @@ from .formats import Corrected, Int, Pair
 from .rounding import Rounded, Rounding, round_weight
 
 # %% ../../nbs/quantize/pairs.ipynb #3db7d147
-def _ridged(C, share=1e-6):
+def _ridged(C, share=None):
     "`C` (b, b) with something on its diagonal, so that it can be inverted"
-    mean = float(C.diagonal().mean())
+    mean,share = float(C.diagonal().mean()),share or (1e-6 if C.dtype is torch.float64 else 1e-4)
     return C + (share*mean if mean > 0 else 1.)*torch.eye(len(C), dtype=C.dtype, device=C.device)
 
 def _blocks(S, dtype):

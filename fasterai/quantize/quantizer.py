@@ -63,7 +63,8 @@ def _can(s, f):
     "Why layer `s` cannot have format `f`, None if it can"
     if isinstance(f, Int): return None
     if not isinstance(s.module, nn.Linear): return f'{f!r} is for nn.Linear'
-    if s.reader: return f'{s.reader} reads its weight' + (', and would get another dtype' if isinstance(f, Half) else '')
+    if s.reader and isinstance(f, Half): return f'{s.reader} reads its weight, and would get another dtype'
+    if s.reader: return f'{f} has no weight, which is read by {s.reader}'
     return f'{f!r} is less than rank 1 here' if isinstance(f, Pair) and not f.rank_of(s.out_features, s.in_features) else None
 
 def _for(s, f):
