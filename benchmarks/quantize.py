@@ -7,15 +7,19 @@ import os, platform, statistics, sys, tempfile, time, warnings
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-import torch, torch.nn.functional as F
+import torch
 from fastcore.script import call_parse
 from safetensors.torch import save_file
 from torch import nn
 import fasterai
-from fasterai.all import ByteBudget, FC_Decomposer, Half, Int, LowRankLinear, ParamBudget, Quantizer, digits_dls
+from fasterai.all import ByteBudget, FC_Decomposer, Half, Int, LowRankLinear, ParamBudget, Quantizer
 from fasterai.core.inputs import collect_inputs
+from fasterai.quantize.find import find_layers
+from fasterai.quantize.formats import BITS, Corrected, Pair, weight_bytes
+from fasterai.quantize.measure import Pricer
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from prune import _answer, _lite, _minilm
+from quality import _train_digits, _vgg as _build_vgg     # before prune, which takes this folder off the path
+from prune import _lite, _minilm
 sys.path = [p for p in sys.path if Path(p or '.').resolve() != Path(__file__).resolve().parent]     # onnx.py beside this file is not the package
 
 def _log(*s): print(*s, file=sys.stderr, flush=True)
@@ -109,6 +113,44 @@ def minilm(cache):
     return '\n'.join(['## MiniLM: weights of the encoder', '', f'Moments and sensitivity of 512 sentences: {seconds:.0f} s of CPU time; '
         '512 other sentences for the test.', '', _table(head, rows)])
 
+def _candidates():
+    "Formats that a budget may choose from"
+    pairs = tuple(Pair(s, *o) for s in (.125, .25, .5) for o in ((8,), (4, 64)))
+    corrections = tuple(Corrected(*o, rank=k) for o in ((2, 32), (2, 64), (3, 64), (3, 128), (4, 128)) for k in (4, 16))
+    return {'bits': BITS, 'and pairs': (*BITS, *pairs), 'and corrections': (*BITS, *corrections)}
+
+def low(cache):
+    "Pairs and corrections beside bits, at equal bytes"
+    case,rows,formats = _minilm(cache),[],_candidates()
+    stats = collect_inputs(case.model, case.data, layers='encoder', sensitivity='full')
+    q,ref = Quantizer(ByteBudget(.1, formats=sum(formats.values(), ())), **ONLY),_hidden(case.model, case.test)
+    seen = q._look(case.model, stats, None, 'auto', None)       # prices of all formats, for all budgets
+    for r in (.1, .125, .16):
+        for what,fs in formats.items():
+            q.policy = ByteBudget(r, formats=fs)
+            plan = q._choose(seen)
+            m,n = plan.apply(case.model),sum(isinstance(o.format, Pair|Corrected) for o in plan.replaced)
+            err,pred = float((_hidden(m, case.test) - ref).norm()/ref.norm()),sum(o.loss or 0 for o in plan.layers)**.5
+            rows.append((f'{r:.1%}', what, n, f'{pred:.4f}', f'{err:.4f}', f'{_cosine(case, m):.4f}'))
+            _log(*rows[-1])
+    head = 'bytes', 'candidates', 'layers of low rank', 'predicted error', 'measured error', 'cosine'
+    return '\n'.join(['## MiniLM: pairs and corrections as candidates', '', _table(head, rows)])
+
+def layer(cache):
+    "VGG's 4096→4096"
+    model,data,_ = _vgg(cache)
+    stats = collect_inputs(model, data[:6], layers='classifier.3', sensitivity='full')
+    site,rows = next(o for o in find_layers(model) if o.name == 'classifier.3'),[]
+    price = Pricer(site, stats['classifier.3'], stats.sens['classifier.3'])
+    pairs,corrected = [Pair(s) for s in (.02, .06, .2)],[Corrected(2, 128, rank=8), Corrected(2, 128, rank=32), Corrected(3, 128, rank=16)]
+    formats = [*pairs, *corrected, *(Int(*o) for o in ((2, 128), (2, 64), (2, 32), (3, 128), (4, 128)))]
+    for f in sorted(formats, key=lambda f: weight_bytes(f, 4096, 4096)):
+        c = price(f)
+        rows.append((str(f), f'{weight_bytes(f, 4096, 4096)/4/4096**2:.2%}', f'{c.error:.4f}', f'{c.loss**.5:.4f}'))
+        _log(*rows[-1])
+    return '\n'.join(['## Linear(4096→4096) of VGG16-bn: pairs and corrections', '', 'Trained on digits, calibrated on 384 of them. Predicted relative errors.', '',
+                      _table(('weights', 'bytes', 'error of the layer', 'error of the output of the network'), rows)])
+
 def whole(cache):
     "The whole file of MiniLM"
     case,rows = _minilm(cache),[]
@@ -153,8 +195,7 @@ def lite(cache):
 # VGG16-bn
 
 def _vgg(cache):
-    from quality import _train_digits, _vgg as build
-    build,train,data,test = _train_digits(build, 32, 3, 3e-4)
+    build,train,data,test = _train_digits(_build_vgg, 32, 3, 3e-4)
     path = Path(cache)/'vgg16_bn_digits.pth'
     if path.exists():
         model = build()
@@ -167,28 +208,91 @@ def _vgg(cache):
 @torch.no_grad()
 def _accuracy(model, test): return sum(int((model(x).argmax(1) == y).sum()) for x,y in test)/sum(len(y) for _,y in test)
 
+def _bytes(m): return sum(v.nbytes for v in m.state_dict().values())
+
+def _low_ranks(model, data, row):
+    "Share -> model with that share of the weights of its fully-connected layers, as long as it is within a point; spectra are computed once"
+    plan,res = FC_Decomposer(policy=ParamBudget(.1, round_to=1), exclude='classifier.6').plan(model, data),{}
+    for r in (.1, .03, .01, .003):
+        m = plan.replan(ParamBudget(r, round_to=1)).apply(model)
+        if not row(f'low rank {r:g} of the fully-connected weights', m): break
+        res[r] = m
+    return res
+
+class _Body:
+    "Convolutions rounded once for each number of bits, with data: they are the same in all models here"
+    def __init__(self, model, few): self.model,self.plans,self.moments = model,{},collect_inputs(model, few, layers='features', patches=True)
+    def __call__(self, b, model):
+        if b not in self.plans: self.plans[b] = Quantizer(b, layers='features').plan(self.model, self.moments)
+        return self.plans[b].apply(model)
+
+def _together(body, small, few, row):
+    "Bits for the models in `small`"
+    least = 9
+    for r in sorted(small):         # a larger pair is worth its bytes only where it allows fewer bits
+        moments = collect_inputs(small[r], few, layers='classifier')
+        for b in (o for o in (8, 4, 3, 2) if o < least):
+            m = Quantizer(b, layers='classifier').plan(small[r], moments).apply(body(b, small[r]))
+            if not row(f'low rank {r:g}, then {b} bits', m): break
+            least = b
+
 def vgg(cache):
     "VGG16-bn on digits: the fewest bytes within a point of dense"
     model,data,test = _vgg(cache)
-    dense,rows = _accuracy(model, test),[]
-    rows.append(('dense', '100.00%', f'{sum(v.nbytes for v in model.state_dict().values())/1e6:.1f}', f'{dense:.2%}'))
-    whole = sum(v.nbytes for v in model.state_dict().values())
+    dense,whole,start,rows = _accuracy(model, test),_bytes(model),time.process_time(),[]
+    rows.append(('dense', '100.00%', f'{whole/1e6:.1f}', f'{dense:.2%}', ''))
     def row(what, m):
-        size,acc = sum(v.nbytes for v in m.state_dict().values()),_accuracy(m, test)
-        rows.append((what, f'{size/whole:.2%}', f'{size/1e6:.1f}', f'{acc:.2%}' + (' (within a point)' if acc >= dense - .01 else '')))
-        _log(*rows[-1])
-        return acc >= dense - .01
-    small = {}
-    for r in (.1, .03, .01, .003):
-        small[r] = FC_Decomposer(policy=ParamBudget(r, round_to=1), exclude='classifier.6').decompose(model, data)
-        if not row(f'low rank {r:g} of the fully-connected weights', small[r]): break
-    few = data[:8]
+        size,acc = _bytes(m),_accuracy(m, test)
+        good = acc >= dense - .01
+        rows.append((what, f'{size/whole:.2%}', f'{size/1e6:.1f}', f'{acc:.2%}', 'yes' if good else 'no'))
+        _log(f'{time.process_time() - start:.0f} s', *rows[-1])
+        return good
+    small = _low_ranks(model, data, row)
+    body = _Body(model, data[:8])
     for b in (8, 4, 3, 2):
-        if not row(f'{b} bits, to nearest', Quantizer(b, rounding='nearest').quantize(model, None)): break
-    for r,m in small.items():
-        for b in (8, 4, 3, 2):
-            if not row(f'low rank {r:g}, then {b} bits', Quantizer(b).quantize(m, few)): break
-    return '\n'.join(['## VGG16-bn on digits', '', 'Bytes of the whole network.', '', _table(('weights', 'bytes', 'MB', 'accuracy'), rows)])
+        m = Quantizer(b, layers='classifier', rounding='nearest').quantize(body(b, model))
+        if not row(f'{b} bits', m): break
+    _together(body, small, data[:8], row)
+    least = {}
+    for kind,part in (('low rank alone', lambda w: 'bits' not in w), ('bits alone', lambda w: 'low' not in w), ('both', lambda w: 'then' in w)):
+        good = [o for o in rows[1:] if o[4] == 'yes' and part(o[0])]
+        least[kind] = min(good, key=lambda o: float(o[2]))[2] + ' MB' if good else 'none'
+    return '\n'.join(['## VGG16-bn on digits', '', 'Bytes of the whole network. Weights are rounded with data, those of the wide layers to nearest in the rows of bits alone. '
+        'Fewest within a point of dense: ' +
+        ', '.join(f'{k} {v}' for k,v in least.items()) + '.', '', _table(('weights', 'bytes', 'MB', 'accuracy', 'within a point'), rows)])
+
+# Picture
+
+_KINDS = (('to nearest', 'one format, to nearest', 'v'), ('ByteBudget', 'ByteBudget', 's'), ('int', 'one format, error feedback', 'o'))
+
+def _points(text):
+    "Kind of format -> predicted and measured errors in the table of MiniLM"
+    res = {}
+    for line in text.partition('## MiniLM: weights')[2].partition('\n## ')[0].splitlines():
+        cells = [c.strip() for c in line.strip('|').split('|')]
+        if len(cells) != 8 or not cells[4].startswith('0.'): continue       # rounded by others, without a prediction
+        label,marker = next((k,m) for part,k,m in _KINDS if part in cells[0])
+        res.setdefault((label, marker), []).append((float(cells[4]), float(cells[5])))
+    return res
+
+def _picture(text, path):
+    "Predicted against measured error of the hidden states"
+    from matplotlib.figure import Figure
+    points = _points(text)
+    if not points: return
+    fig = Figure(figsize=(5, 4.2), layout='constrained')
+    ax = fig.subplots()
+    ends = [f(x for xy in points.values() for o in xy for x in o) for f in (min, max)]
+    line = ends[0]/1.2,ends[1]*1.2
+    ax.plot(line, line, color='.6', lw=1, zorder=0)
+    for (label,marker),xy in points.items(): ax.plot(*zip(*xy), marker, label=label, mfc='none', ms=7)
+    ax.set(xscale='log', yscale='log', xlabel='predicted error', ylabel='measured error', title='MiniLM: error of the hidden states')
+    ticks = [t for t in (.01, .02, .05, .1, .2, .5, 1.) if line[0] <= t <= line[1]]
+    for a in (ax.xaxis, ax.yaxis):
+        a.set_ticks(ticks, [f'{t:g}' for t in ticks])
+        a.set_ticks([], minor=True)
+    ax.legend()
+    fig.savefig(path, dpi=90)
 
 # Time
 
@@ -239,7 +343,7 @@ def wide(cache):
     return '\n'.join(['## Linear(25088→4096) of VGG: time', '', f'The pair has rank {k}. CPU time, and speed relative to float32.', '',
                       _table(('layer', 'MB', 'batch 1', 'batch 32'), rows)])
 
-SECTIONS = dict(minilm=minilm, whole=whole, lite=lite, vgg=vgg, eager=eager, wide=wide)
+SECTIONS = dict(minilm=minilm, low=low, layer=layer, whole=whole, lite=lite, vgg=vgg, eager=eager, wide=wide)
 
 def _version(name):
     try: return f'{name} {version(name)}'
@@ -254,7 +358,7 @@ def _merged(path, parts, head):
 @call_parse
 def main(
     out:str='',         # Markdown file to write; sections that are not run stay as they are in it
-    only:str='',        # names of sections, separated by commas: minilm, whole, lite, vgg, eager, wide
+    only:str='',        # names of sections, separated by commas: minilm, low, layer, whole, lite, vgg, eager, wide
     cache:str='',       # folder of trained networks; a temporary one by default
     threads:int=1,      # threads of torch
 ):
@@ -267,5 +371,7 @@ def main(
     versions = ', '.join([f'torch {torch.__version__}', *map(_version, ('torchao', 'onnxruntime')), f'fasterai {fasterai.__version__}'])
     where = f'{platform.processor() or platform.machine()}, {threads} thread(s), Python {platform.python_version()}, {versions}.'
     head = f'# Quantization\n\n{where}'
-    if out: Path(out).write_text(_merged(Path(out), parts, head), encoding='utf-8')
+    if out:
+        Path(out).write_text(_merged(Path(out), parts, head), encoding='utf-8')
+        _picture(Path(out).read_text(encoding='utf-8'), Path(out).with_suffix('.png'))
     else: print('\n'.join([head, '', *parts]))

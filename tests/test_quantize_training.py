@@ -1,5 +1,5 @@
 "bit_find measures what it promises, and QuantizeTraining trains the weights that it packs"
-import copy, io, random
+import copy, io, pickle, random
 from contextlib import contextmanager
 import pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
@@ -10,12 +10,14 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner, load_learner
 from fastai.metrics import accuracy
+from fastai.torch_core import set_seed
 from torch import nn
 from fasterai.core.distill import SelfDistillation
 from fasterai.prune import learner as _     # learn.prune
 from fasterai.quantize import learner as _  # learn.bit_find
-from fasterai.quantize.formats import Half, Int
-from fasterai.quantize.layers import QuantConv, QuantEmbedding, QuantLayer, QuantLinear, rounded_of
+from fasterai.quantize.formats import Half, Int, Pair
+from fasterai.quantize.base import QuantLayer, rounded_of
+from fasterai.quantize.layers import QuantConv, QuantEmbedding, QuantLinear
 from fasterai.quantize.policies import ByteBudget
 from fasterai.quantize.quantizer import Quantizer
 from fasterai.quantize.search import bit_find
@@ -235,7 +237,7 @@ def test_parameter_groups_and_frozen_layers():
     learn.freeze()
     was = learn.model[0].weight.detach().clone()
     fit(learn, 1, 1e-2, cbs=QuantizeTraining(3))
-    assert not learn.model[0].scales.requires_grad and learn.model[2].scales.requires_grad and len(learn.opt.param_lists) == 2
+    assert not learn.model[0].gain.requires_grad and learn.model[2].gain.requires_grad and len(learn.opt.param_lists) == 2
     assert torch.equal(learn.uncompress().model[0].weight, was)
 
 def test_with_distillation():
@@ -260,3 +262,56 @@ def test_export_and_store(tmp_path):
     for m in (load_learner(tmp_path/'q.pkl').model, load_compressed(tmp_path/'small', net)):
         assert torch.allclose(m.eval()(x), learn.model.eval()(x), atol=1e-5)
     assert torch.allclose(y[:len(x)], learn.model(x), atol=1e-5) and len(learn.plans) == 1
+
+# ------------------------------------------------------------------ training what is packed
+
+@pytest.mark.parametrize('bits', (8, 4))
+def test_training_afterwards_does_not_ruin_the_scales(bits):
+    "Adam moves each number by about its learning rate: scales of 0.001 did not survive that"
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1200, 64, generator=g)
+    y = (x @ torch.randn(64, 10, generator=g)).argmax(1)
+    items = [*zip(x, y)]
+    set_seed(0)
+    dls = DataLoaders.from_dsets(items[:800], items[800:], bs=16, num_workers=0, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), loss_func=F.cross_entropy, metrics=accuracy)
+    with quiet(learn):
+        learn.fit_one_cycle(3, 5e-3)
+        before = learn.quantize(bits).validate()[1]
+        for lr in (1e-3, 1e-2):
+            learn.fit_one_cycle(1, lr)
+            assert learn.validate()[1] >= before - .01
+    assert not (learn.model[0].gain == 1).all()
+    again = learn.plans[-1].skeleton(learn.uncompress().model)
+    assert again[0].gain.eq(1).all()
+
+def test_trained_scales_are_stored_as_they_are_used():
+    q,x = Quantizer(4, rounding='nearest').quantize(mlp(), None),torch.randn(20, 32)
+    with torch.no_grad(): q[0].gain.add_(.3*torch.randn_like(q[0].gain))
+    again = Quantizer(4).plan(mlp()).skeleton(mlp())
+    again.load_state_dict(q.state_dict())
+    assert torch.equal(again(x), q(x)) and 'gain' not in ''.join(q.state_dict()) and again[0].gain.eq(1).all()
+    assert q.state_dict()['0.scales'].dtype is torch.float16
+    again.load_state_dict(q.state_dict(), assign=True)
+    assert torch.equal(again(x), q(x)) and torch.equal(copy.deepcopy(q)(x), q(x))
+    lost = {k: v for k,v in q.state_dict().items() if k != '0.scales'}
+    with pytest.raises(RuntimeError, match='Missing key.*"0.scales"'): again.load_state_dict(lost)
+
+def test_models_pickled_with_scales_as_parameters():
+    q,x = Quantizer(4, rounding='nearest').quantize(mlp(), None),torch.randn(20, 32)
+    old = copy.deepcopy(q)
+    for m in old[::2]:      # as versions before this one held them
+        m._parameters['scales'] = nn.Parameter(m._buffers.pop('scales'), False)
+        del m._parameters['gain']
+    back = pickle.loads(pickle.dumps(old))
+    assert torch.equal(back(x), q(x)) and not back[0].gain.requires_grad and back.state_dict().keys() == q.state_dict().keys()
+
+def test_pairs_are_not_trained_in_few_bits():
+    with pytest.raises(ValueError, match="'0' would be pair 0.5 int8, which cannot be trained"): fit(learner(), 1, cbs=QuantizeTraining(Pair(.5)))
+    learn = learner()
+    with quiet(learn): learn.quantize(Pair(.5, 4))
+    assert [n for n,p in learn.model.named_parameters()][:3] == ['0.0.gain', '0.1.bias', '0.1.gain']
+    x = learn.dls.one_batch()[0]
+    before = learn.model(x)
+    with pytest.raises(ValueError, match='no layer can be quantized: already int4'): fit(learn, 1, cbs=QuantizeTraining(4))
+    assert torch.equal(learn.model(x), before) and len(learn.plans) == 1

@@ -39,13 +39,15 @@ def _as_groups(got):
     groups = list(got) if len(got) and isinstance(got[0], (L, list, dict)) else [got]
     return [list(g['params'] if isinstance(g, dict) else g) for g in groups]
 
+_PARTS = '', '0.', '1.', 'base.', 'low.0.', 'low.1.'    # of a layer that was replaced
+
 def _successors(dense, model):
     "id of a parameter of the dense model -> the parameters in its place"
     new,res = dict(model.named_parameters(remove_duplicate=False)),{}
     for n,p in dense.named_parameters(remove_duplicate=False):
         layer,dot,k = n.rpartition('.')
-        quantized = [f'{layer}{dot}scales'] if k == 'weight' else []
-        names = [n] if n in new else [f'{layer}{dot}{i}.{k}' for i in '01'] + quantized
+        kinds = ('weight', 'gain') if k == 'weight' else (k,)       # packed weights have gains
+        names = [n] if n in new else [f'{layer}{dot}{part}{o}' for part in _PARTS for o in kinds]
         res[id(p)] = [new[o] for o in names if o in new]
     return res
 

@@ -8,7 +8,8 @@ __all__ = ['PackedLinear', 'packed_layers']
 # %% ../../nbs/export/packed.ipynb #09d8488a
 import torch, torch.nn.functional as F
 from torch import nn
-from ..quantize.layers import HalfLinear, QuantLayer, QuantLinear, _plain
+from ..quantize.base import QuantLayer, frozen
+from ..quantize.layers import HalfLinear, QuantLinear, _plain
 from ..quantize.packing import pack_codes, unpack_codes
 
 # %% ../../nbs/export/packed.ipynb #a576e392
@@ -34,7 +35,7 @@ class PackedLinear(nn.Module):
         zeros = torch.full_like(q.scales, 2**(bits-1), dtype=torch.uint8) if q.zeros is None else unpack_codes(q.zeros, bits)[:,:groups]
         codes = F.pad(codes, (0, blocks*self.block - n)).view(self.m, blocks, self.block)
         self.register_buffer('codes', pack_codes(codes, wide))
-        self.register_buffer('scales', q.scales.detach().float().repeat_interleave(per, 1).flatten())
+        self.register_buffer('scales', q.current().detach().float().repeat_interleave(per, 1).flatten())
         self.register_buffer('zeros', pack_codes(zeros.repeat_interleave(per, 1), wide).flatten())
         self.bias = None if q.bias is None else nn.Parameter(q.bias.detach().float().clone(), False)
 
@@ -51,5 +52,7 @@ def packed_layers(
 ) -> dict[nn.Module,nn.Module]:     # quantized layer -> what stands in its place
     "Layers for a file"
     if exporter != 'dynamo': return {m: _plain(m, torch.float32) for m in model.modules() if isinstance(m, (QuantLayer, HalfLinear))}
-    return {m: PackedLinear(m) if isinstance(m, QuantLinear) else _plain(m, torch.float32)
-        for m in model.modules() if isinstance(m, (QuantLinear, HalfLinear))}
+    def file(m):
+        if isinstance(m, QuantLinear): return PackedLinear(m)
+        return frozen(m) if isinstance(m, QuantLayer) else _plain(m, torch.float32)
+    return {m: file(m) for m in model.modules() if isinstance(m, (QuantLayer, HalfLinear))}

@@ -24,8 +24,8 @@ from ..core.store import _store_of
 from ..core.stream import _architecture, _finish, _Meter, _ordered, _Piece, _PLAN, _Run, _stored_layers, _write_shard, _written_to
 from ..core.matrices import check_weight, seen_note, weights_of
 from .find import EmbeddingSite, find_layers
-from .formats import Half
-from .layers import QuantLayer, packed
+from .base import QuantLayer, packed
+from .formats import Half, Int
 from .measure import Pricer
 from .plan import QuantizationPlan, QuantRow, _empty
 from .policies import ByteBudget
@@ -95,7 +95,10 @@ def _checked(q, statistics):
     if world()[1] > 1: raise ValueError('quantize_checkpoint runs in one process: start it without torchrun.')
     if isinstance(q.policy, ByteBudget): raise ValueError(
         'a ByteBudget compares all layers in all formats, for which the model has to be in memory: pass bits, or {name: bits}.')
-    if any(isinstance(f, Half) for f in (getattr(q.policy, 'format', None), *(f for _,f in getattr(q.policy, 'patterns', ())))):
+    formats = getattr(q.policy, 'format', None),*(f for _,f in getattr(q.policy, 'patterns', ()))
+    if (low := next((f for f in formats if not isinstance(f, Int|Half|None)), None)) is not None:
+        raise ValueError(f'{low!r} is for models in memory: Quantizer({low!r}).quantize(model, data).')
+    if any(isinstance(f, Half) for f in formats):
         raise ValueError('Half() is for models in memory: cast the checkpoint itself, tensor.to(torch.bfloat16).')
     if isinstance(statistics, (str, os.PathLike)): statistics = Inputs.load(statistics)
     if statistics is not None and not isinstance(statistics, Inputs):

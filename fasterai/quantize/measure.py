@@ -18,8 +18,9 @@ from ..core.modules import LinearSite, _double, _warn_user
 from ..core.moments import Moments
 from ..core.matrices import second_moments, taken_by_bias, weights_of
 from .find import EmbeddingSite, variation
-from .formats import Half, Int
-from .layers import packed
+from .formats import Format, Half, Int, Pair
+from .base import packed
+from .pairs import RoundedPair, directions, round_low
 from .rounding import Rounded, Rounding, feedback_factors, output_error, round_weight
 
 # %% ../../nbs/quantize/measure.ipynb #a5a62024
@@ -52,7 +53,7 @@ def moments_for(model, data, sites, n_batches, sensitivity, loss) -> Inputs:
 @dataclass(frozen=True)
 class LayerCost:
     "What a format does to one layer"
-    rounded: Rounded|None       # its codes; None in half precision
+    rounded: Rounded|RoundedPair|None   # its codes; None in half precision
     error: float                # relative: of the output, or without data of the weight
     loss: float|None            # squared, in units of the model's output; None without sensitivity
     shift: torch.Tensor|None    # what the bias gets (m,); None without data or bias
@@ -60,7 +61,9 @@ class LayerCost:
     @property
     def codes(self) -> dict[str,torch.Tensor]|None:
         "What the quantized layer takes; None in half precision"
-        return None if self.rounded is None else packed(self.rounded) | ({} if self.shift is None else dict(shift=self.shift))
+        r,shift = self.rounded,{} if self.shift is None else dict(shift=self.shift)
+        if isinstance(r, RoundedPair): return {f'{n}{k}': v for n,o in r.named.items() for k,v in packed(o).items()} | shift
+        return None if r is None else packed(r) | shift
 
 # %% ../../nbs/quantize/measure.ipynb #5eb8f151
 class Pricer:
@@ -76,13 +79,13 @@ class Pricer:
         self.S = None if o is None else second_moments(o, s)
         self.mean = None if o is None or getattr(s.module, 'bias', None) is None else taken_by_bias(o, s)
         self.total = float(_double(self.W).square().sum()) if o is None else variation(self.W, o, s)
-        self.factors = None
+        self.factors,self.directions = None,None
 
     def error(self, E, H=None) -> float:
         "Squared error of the outputs, or without data of the weight"
         return float(_double(E).square().sum()) if self.S is None else output_error(E, self.S, H)
 
-    def __call__(self, f: 'Int|Half') -> LayerCost:
+    def __call__(self, f: Format) -> LayerCost:
         "The codes in format `f`, and their error"
         r = None if isinstance(f, Half) else self._round(f)
         E = self.W - (self.W.to(getattr(torch, f.dtype)).float() if r is None else r.values)
@@ -90,7 +93,13 @@ class Pricer:
         shift = None if r is None or self.mean is None else (_double(E) @ self.mean[...,None].to(E.device)).flatten()
         return LayerCost(r, (max(0., self.error(E))/self.total)**.5 if self.total > 0 else 0., loss, shift)
 
+    @property
+    def _weight(self): return self.H if self.H is not None and self.H.any() else None
+
     def _round(self, f):
         if self.S is not None and self.factors is None and self.rounding != 'nearest' and (f.bits < 8 or self.rounding == 'feedback'):
             self.factors = feedback_factors(self.S)
+        if isinstance(f, Pair) and self.directions is None: self.directions = directions(self.W[0], self.S, self._weight)
+        if not isinstance(f, Int):
+            return round_low(self.W, f, self.S, self._weight, rounding=self.rounding, d=self.directions, factors=self.factors)
         return round_weight(self.W, f, self.S, rounding=self.rounding, factors=self.factors)

@@ -18,8 +18,8 @@ from ..core.plan import Plan, Row
 from ..core.surgery import _become, copy_with
 from ..core.matrices import as_planned, check_weight, check_module, mark_of, readable, same_mark, sites_for, variants_in, weights_of
 from .find import find_layers
-from .formats import Half, Int, blocks_of, mk_format, weight_bytes
-from .layers import HalfLinear, QuantLayer, quant_layer
+from .formats import Format, Half, Int, blocks_of, mk_format, parts_of, weight_bytes
+from .layers import HalfLinear, packed_parts, quant_layer, take_parts
 from .measure import Pricer, collect_moments
 
 # %% ../../nbs/quantize/plan.ipynb #a6e9bb8c
@@ -29,7 +29,7 @@ class QuantRow(Row):
     name: str
     kind: str                           # its class
     shape: tuple[int,...]               # outputs and inputs of the weight (m, n); of an embedding, rows and their length
-    format: 'Int|Half|None' = None      # None: the layer stays as it is
+    format: Format|None = None          # None: the layer stays as it is
     itemsize: int = 4                   # bytes of one weight before
     error: float|None = None            # predicted: relative error of the output, or without data of the weight
     loss: float|None = None             # share of the squared error of the model's output, where the sensitivity is known
@@ -57,8 +57,9 @@ class QuantRow(Row):
     def misfit(self, m: nn.Module|None) -> str|None:
         if m is None: return 'no such layer'
         if isinstance(self.format, Half): return None if isinstance(m, HalfLinear) else f'a {type(m).__name__} there'
-        if not isinstance(m, QuantLayer): return f'a {type(m).__name__} there'
-        return None if m.format == self.format else f'one of {m.format}'
+        if not (parts := packed_parts(m)): return f'a {type(m).__name__} there'
+        if [(q.format, len(q.scales), q._n) for q in parts.values()] == [*parts_of(self.format, *self.shape)]: return None
+        return f'one of {" and ".join(str(q.format) for q in parts.values())}'
     @classmethod
     def from_dict(cls, d: dict) -> 'QuantRow':
         return super().from_dict(d | dict(format=None if d['format'] is None else mk_format(d['format'])))
@@ -77,8 +78,9 @@ def after(self:QuantRow) -> int:
 
 @patch(as_prop=True)
 def params_after(self:QuantRow) -> int:
-    "Parameters in place of the weight: the scales"
-    return self.weights if not isinstance(self.format, Int) else self.shape[0]*blocks_of(self.format, self.shape[1])[0]
+    "Parameters in place of the weight: a gain for each scale"
+    parts = () if self.format is None else parts_of(self.format, *self.shape)
+    return sum(m*blocks_of(f, n)[0] for f,m,n in parts) if parts else self.weights
 
 # %% ../../nbs/quantize/plan.ipynb #e41acc5f
 @dataclass(frozen=True, repr=False)
@@ -114,7 +116,7 @@ def title(self:QuantizationPlan) -> str:
 @patch
 def edit(self:QuantizationPlan,
     layers: str|Iterable[str],      # names, containers or wildcards
-    format: 'int|Int|Half|None',    # what to store them in; None leaves them as they are
+    format: 'int|Format|None',      # what to store them in; None leaves them as they are
 ) -> QuantizationPlan:              # a new plan; this one is left unchanged
     "Change the format of some layers; their errors are not known then"
     f,chosen = None if format is None else mk_format(format),self._names(layers, 'layers')
@@ -148,10 +150,12 @@ def _codes(self:QuantizationPlan, sites, moments):
     lost = []
     for n,s in sites.items():
         row,has = self[n],self.rounded.get(n)
-        if not isinstance(row.format, Int) or s.module.weight.is_meta: yield s, None; continue
+        if isinstance(row.format, Half) or s.module.weight.is_meta: yield s, None; continue
         if has is not None and moments is None and same_mark(has['mark'], mark_of(s)): yield s, has; continue
-        if (o := (moments or {}).get(n)) is None and (row.calibrated or row.rounding == 'trained') and row.format.bits < 8: lost.append(n)
-        yield s, Pricer(s, o, rounding=row.rounding or 'auto')(row.format).codes
+        plain = isinstance(row.format, Int) and row.format.bits == 8
+        if (o := (moments or {}).get(n)) is None and (row.calibrated or row.rounding == 'trained') and not plain: lost.append(n)
+        H = None if moments is None or row.loss is None else moments.sens.get(n)
+        yield s, Pricer(s, o, H, rounding=row.rounding or 'auto')(row.format).codes
     if lost: _warn_user(f'{len(lost)} layers ({", ".join(lost[:3])}) are rounded to nearest: the plan came from a file, or their weights '
                         'have changed since. Pass plan.apply(model, data=…) to round them as planned.')
 
@@ -160,7 +164,9 @@ def _empty(row, s): return quant_layer(s.module, row.format, scale_dtype=getattr
 
 def _filled(row, s, codes):
     if codes is None: return _empty(row, s)
-    return quant_layer(s.module, row.format, scale_dtype=torch.promote_types(codes['scales'].dtype, getattr(torch, row.scales))).take(codes)
+    kinds = {v.dtype for k,v in codes.items() if k.endswith('scales')}
+    if torch.float32 in kinds: row = replace(row, scales='float32')
+    return take_parts(_empty(row, s), codes)
 
 @patch
 def apply(self:QuantizationPlan,
@@ -174,8 +180,10 @@ def apply(self:QuantizationPlan,
     with torch.inference_mode(False), torch.no_grad():
         sites,before = self.sites(model),count_params(model)
         for s in sites.values(): check_weight(s)
-        seen = [s for n,s in sites.items() if isinstance(self[n].format, Int) and self[n].calibrated]
-        moments = None if data is None else data if isinstance(data, Inputs) else collect_moments(model, data, seen, n_batches)
+        seen = [s for n,s in sites.items() if not isinstance(self[n].format, Half) and self[n].calibrated]
+        how = 'full' if any(self[s.name].loss is not None and not isinstance(self[s.name].format, Int) for s in seen) else None
+        known = data is None or isinstance(data, Inputs)
+        moments = data if known else collect_moments(model, data, seen, n_batches, sensitivity=how)
         new = {}
         for s,codes in self._codes(sites, moments):
             layer = _filled(self[s.name], s, codes)

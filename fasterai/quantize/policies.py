@@ -14,14 +14,14 @@ from typing import Any
 from ..core.batches import _short
 from ..core.budget import Choice, Options, TooTight, choose
 from ..core.modules import match_name, select
-from .formats import BITS, Half, Int, mk_format
+from .formats import BITS, Format, Int, mk_format
 from fastcore.basics import patch
 
 # %% ../../nbs/quantize/policies.ipynb #30af5b27
 @dataclass(frozen=True)
 class Uniform:
     "One format for all layers"
-    format: 'Int|Half'
+    format: Format
     wants_sensitivity = False
     def __repr__(self): return str(self.format)
     def check(self, names: Mapping[str,tuple[str,...]]): "All names are fine"
@@ -33,7 +33,7 @@ class Uniform:
 @dataclass(frozen=True)
 class ByName:
     "A format for each pattern of names; the first one that matches counts"
-    patterns: tuple[tuple[str,'Int|Half|None'],...]
+    patterns: tuple[tuple[str,Format|None],...]
     wants_sensitivity = False
     def __repr__(self): return '{' + ', '.join(f'{k!r}: {f}' for k,f in self.patterns) + '}'
     def check(self, names: Mapping[str,tuple[str,...]]):
@@ -53,7 +53,7 @@ def variants(
     x: Any,         # bits, or a format
 ) -> tuple:         # formats
     "What a number of bits stands for in a budget: up to 4 bits in groups of 32, 64 and 128, 5 and 6 bits a row or in groups of 64"
-    if isinstance(x, (Int, Half, Mapping)): return (mk_format(x),)
+    if isinstance(x, (Format, Mapping)): return (mk_format(x),)
     b = mk_format(x).bits
     return tuple(Int(b, group=g) for g in ((32, 64, 128) if b < 5 else (0, 64) if b < 8 else (0,)))
 
@@ -62,9 +62,9 @@ class LayerPrice:
     "What the formats of one layer cost"
     names: tuple[str,...]
     before: int                                     # bytes of the weight as it is
-    bytes: Callable[['Int|Half'],int]               # of the weight in a format
-    loss: Callable[['Int|Half'],float]              # squared error in a format, comparable between layers
-    fits: Callable[['Int|Half'],bool] = lambda f: True      # can this layer have that format?
+    bytes: Callable[[Format],int]               # of the weight in a format
+    loss: Callable[[Format],float]              # squared error in a format, comparable between layers
+    fits: Callable[[Format],bool] = lambda f: True      # can this layer have that format?
 
 # %% ../../nbs/quantize/policies.ipynb #0e9c3d5b
 class ByteBudget:

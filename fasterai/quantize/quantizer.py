@@ -21,13 +21,13 @@ from ..core.inputs import Inputs
 from ..core.matrices import check_weight, first_run, given_moments, left_out, mark_of, model_bytes, seen_note, tupled, warn_far, weights_of
 from ..core.modules import _warn_user, count_params
 from .find import EmbeddingSite, find_layers
-from .formats import Half, Int, weight_bytes
+from .formats import Half, Int, Pair, weight_bytes
 from .layers import QuantLayer
 from .measure import Pricer, moments_for
 from .packing import int8_works
 from .plan import QuantizationPlan, QuantRow
 from .policies import ByteBudget, LayerPrice, mk_bits
-from .rounding import Rounding
+from .rounding import Rounded, Rounding
 
 # %% ../../nbs/quantize/quantizer.ipynb #3548053e
 class Quantizer:
@@ -61,9 +61,11 @@ class Quantizer:
 # %% ../../nbs/quantize/quantizer.ipynb #2ff94b8b
 def _can(s, f):
     "Why layer `s` cannot have format `f`, None if it can"
-    if not isinstance(f, Half): return None
+    if isinstance(f, Int): return None
     if not isinstance(s.module, nn.Linear): return f'{f!r} is for nn.Linear'
-    return f'{s.reader} reads its weight, and would get another dtype' if s.reader else None
+    if s.reader and isinstance(f, Half): return f'{s.reader} reads its weight, and would get another dtype'
+    if s.reader: return f'{f} has no weight, which is read by {s.reader}'
+    return f'{f!r} is less than rank 1 here' if isinstance(f, Pair) and not f.rank_of(s.out_features, s.in_features) else None
 
 def _for(s, f):
     "`f` as layer `s` has it: integer products are for fully-connected layers"
@@ -186,26 +188,29 @@ def _decide(self:Quantizer, s, row, f, stats):
     error,loss = (None if v is None else float(f'{v:.8g}') for v in (c.error, c.loss))      # short in JSON
     row = replace(row, error=error, loss=loss, reason=_remark(s, stats, c.rounded))
     if c.rounded is None: return row, None
-    if c.rounded.scales.dtype is torch.float32: row = replace(row, scales='float32')
-    return replace(row, rounding=c.rounded.how), c.codes | dict(mark=mark_of(s))
+    codes = c.codes
+    if any(v.dtype is torch.float32 for k,v in codes.items() if k.endswith('scales')): row = replace(row, scales='float32')
+    return replace(row, rounding=c.rounded.how), codes | dict(mark=mark_of(s))
 
 # %% ../../nbs/quantize/quantizer.ipynb #32a12237
 def _remark(s, stats, r):
     res = [f'also known as {", ".join(s.names[1:])}'] if s.names[1:] else []
     if s.name in stats.missing: res.append(f'without data: {stats.missing[s.name]}')
     o = stats.get(s.name)
-    if o is not None and r is not None and r.how == 'nearest' and r.bits < 8: res.append('error feedback was not better')
+    if o is not None and isinstance(r, Rounded) and r.how == 'nearest' and r.bits < 8: res.append('error feedback was not better')
     if o is not None and o.few: res.append(f'seen on {o.rows:,} rows for {len(o.mean):,} inputs')
     return '; '.join(res)
 
 @patch
 def _warn(self:Quantizer, plan, data):
     "What a user would not expect"
-    low = [o for o in plan.replaced if isinstance(o.format, Int) and o.format.bits < 8 and o.kind != 'Embedding']
+    low = [o for o in plan.replaced if not isinstance(o.format, Half) and o.format.bits < 8 and o.kind != 'Embedding']
     if low and not any(o.calibrated for o in low):
         why = 'no data' if data is None else 'no data that could be used'
         _warn_user(f'{why}: {len(low)} layers are rounded to nearest at {min(o.format.bits for o in low)} bits. '
                    'With data= the error is usually a third to a quarter of that.')
+    if (blind := [o for o in plan.replaced if isinstance(o.format, Pair) and not o.calibrated]):
+        _warn_user(f'no data: the pairs of {len(blind)} layers are made for their weights alone. With data= they keep what the inputs use.')
     warn_far(plan, 'give it more bytes')
     if any(isinstance(o.format, Int) and o.format.dynamic for o in plan.replaced) and not int8_works():
         _warn_user("this machine has no product of 8-bit integers for activations='dynamic': these layers compute in floating point.")

@@ -18,8 +18,9 @@ from ..core.distill import SelfDistillation
 from ..core.learner import _Kept, _compressed, _dense_of, _swap
 from ..core.matrices import as_weight, mark_of, weights_of
 from ..core.schedule import only_validates
-from .formats import Int
-from .layers import QuantLayer, packed, rounded_of, unpack
+from .base import QuantLayer, packed, rounded_of
+from .formats import Corrected, Int, Pair
+from .layers import unpack
 from .plan import QuantizationPlan
 from .policies import ByteBudget
 from .quantizer import Quantizer
@@ -61,7 +62,7 @@ def _check_learner(learn):
 def _reopened(learn):
     "Unpack what the last plan packed: name -> format, codes and scales"
     last = next(iter(learn.plans[::-1]), None)
-    if not isinstance(last, QuantizationPlan): return {}
+    if not isinstance(last, QuantizationPlan) or any(isinstance(o.format, (Pair, Corrected)) for o in last.replaced): return {}
     mods = dict(learn.model.named_modules())
     groups = {o.name: getattr(mods.get(o.name), 'groups', 1) for o in last.replaced}
     held = {n: (mods[n].format, rounded_of(mods[n], g)) for n,g in groups.items() if isinstance(mods.get(n), QuantLayer)}
@@ -80,6 +81,9 @@ def before_fit(self:QuantizeTraining):
     plan = q._choose(q._look(self.model, data, self.n_batches, 'auto', None))
     if not plan.replaced:
         raise ValueError(f'no layer can be quantized: {plan.skipped[0].reason if plan.skipped else "the model has none"}.')
+    if (low := [o for o in plan.replaced if isinstance(o.format, (Pair, Corrected))]):
+        raise ValueError(f'{low[0].name!r} would be {low[0].format}, which cannot be trained: QuantizeTraining is for bits and Half(). '
+                         'For pairs use FC_Decomposer first, then train.')
     self._plan,self._now = plan,self.model
     self._held = [(s, self._scales(s, before.get(n))) for n,s in plan.sites(self.model).items() if isinstance(plan[n].format, Int)]
     for cb in self.learn.cbs:       # how good the model was before it was rounded is no measure
