@@ -176,7 +176,7 @@ def bits(run):
     "The fewest bits"
     from fasterai.quantize.search import bit_find
     c = run.case
-    found = bit_find(c.model, c.evaluate, c.data, max_drop=c.drop, higher_is_better=True, metric=c.metric, embeddings=True)
+    found = bit_find(c.model, c.evaluate, c.data, max_drop=c.drop, higher_is_better=True, metric=c.metric, embeddings=4)
     if found.plan is None: raise ValueError('no budget keeps the metric')
     run.add('fewest bits', found.plan.apply(c.model), note='a file of PyTorch')
 

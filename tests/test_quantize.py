@@ -731,3 +731,15 @@ def test_a_model_that_has_run_can_be_copied():
     y = m(x)
     assert torch.equal(copy.deepcopy(m)(x), y) and rel(unpack(m)(x), y) < .02
     assert torch.equal(FC_Decomposer(.5).decompose(m)(x), y)      # its layers are packed: nothing is left to decompose, in a copy
+
+def test_tables_beside_a_budget():
+    "Four bits where they are asked for, eight as a rule; what is no number of bits is refused"
+    torch.manual_seed(0)
+    m,x = nn.Sequential(nn.Embedding(500, 64), nn.Linear(64, 32)).eval(),torch.randint(500, (8, 6))
+    for opt,fmt in ((True, Int(8)), (4, Int(4, group=32))):
+        plan = Quantizer(ByteBudget(.25), embeddings=opt).plan(m, [x])
+        assert plan.layers[0].format == str(fmt) or plan.layers[0].format == fmt
+        W,q = m[0].weight.detach().double(),unpack(plan.apply(m))[0].weight.detach().double()
+        step = (W.abs().amax(1, True)/127 if opt is True else (W.view(500, 2, 32).amax(2) - W.view(500, 2, 32).amin(2)).repeat_interleave(32, 1)/15)
+        assert ((q - W).abs() <= 1.01*step).all()
+    with pytest.raises(ValueError, match='embeddings must be'): Quantizer(4, embeddings=3)

@@ -39,7 +39,7 @@ class Quantizer:
         layers: str|Iterable[str]|None = None,      # only these layers: names, containers, wildcards; None for all
         exclude: str|Iterable[str]|None = None,     # all but these
         types: type|Iterable[type] = (),            # subclasses of layers that compute what their base class computes
-        embeddings: bool = False,                   # tables of words too?
+        embeddings: bool|int = False,               # tables of words too? Beside a budget, True: in 8 bits; 4: in 4 bits
         rounding: Rounding = 'auto',                # 'nearest', 'feedback', or 'auto': feedback below 8 bits where there are data
     ):
         if policy is not None and bits != 8: raise ValueError(f'pass bits={bits} or policy={policy!r}, not both.')
@@ -52,6 +52,7 @@ class Quantizer:
         self.types = (types,) if isinstance(types, type) else tuple(types)
         for o in self.types:
             if not isinstance(o, type): raise TypeError(f'types takes classes of layers, such as types=(MyLinear,), got {_short(o)}.')
+        if embeddings not in (False, True, 4, 8): raise ValueError(f'embeddings must be True, False, 4 or 8, got {_short(embeddings)}.')
         self.embeddings,self.rounding = embeddings,rounding
 
     def __repr__(self):
@@ -105,7 +106,7 @@ class _Seen(NamedTuple):
 @patch
 @torch.no_grad()
 def _look(self:Quantizer, model, data, n_batches, sensitivity, loss):
-    sites = find_layers(model, types=self.types, embeddings=self.embeddings)
+    sites = find_layers(model, types=self.types, embeddings=bool(self.embeddings))
     why = self._reasons(model, sites)
     todo = [s for s in sites if s.name not in why]
     for s in todo: check_weight(s)
@@ -117,7 +118,8 @@ def _look(self:Quantizer, model, data, n_batches, sensitivity, loss):
 def _choose(self:Quantizer, seen):
     "The plan for layers and prices that were looked at"
     formats,choice = self.policy.choose(seen.prices)
-    formats = {s.name: Int(8) for s in seen.todo} | formats     # embeddings, which no budget is asked about
+    tables = Int(4, group=32) if self.embeddings == 4 else Int(8)
+    formats = {s.name: tables for s in seen.todo} | formats     # embeddings, which no budget is asked about
     rows,codes = {s.name: _row(s, seen.why.get(s.name)) for s in seen.sites},{}
     for s in seen.todo:
         key = s.name,formats[s.name]

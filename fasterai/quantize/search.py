@@ -92,7 +92,7 @@ def bit_find(
     layers: str|Iterable[str]|None = None,  # only these layers
     exclude: str|Iterable[str]|None = None, # all but these
     types: Iterable[type] = (),             # subclasses of layers that compute what their base class computes
-    embeddings: bool = False,               # tables of words too? 8 bits in all candidates
+    embeddings: bool|int = False,           # tables of words too? True: in 8 bits in all candidates; 4: in 4 bits
     rounding: Rounding = 'auto',            # see `Quantizer`
 ) -> BitSuggestion:
     "The fewest bytes at which `evaluate` loses no more than `max_drop`, and the curve"

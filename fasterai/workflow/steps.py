@@ -41,8 +41,10 @@ def _decompose(model, evaluate, data, goal, **search):
 
 def _quantize(model, evaluate, data, goal, **search):
     # where bytes count, tables of words as well
-    how = dict(formats=[Int(8, activations='dynamic')]) if goal.kind == 'latency' else dict(embeddings=True)
-    found = bit_find(model, evaluate, data, **how, **search)
+    ways = [dict(formats=[Int(8, activations='dynamic')])] if goal.kind == 'latency' else [dict(embeddings=4), dict(embeddings=True)]
+    for how in ways:
+        found = bit_find(model, evaluate, data, **how, **search)
+        if found.plan is not None: break
     return found.plan, found.stopped
 
 # %% ../../nbs/workflow/steps.ipynb #64edc8b5
