@@ -1916,6 +1916,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.prune.prices.Prices.title': ('prune/prices.html#prices.title', 'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices.Prices.to_frame': ( 'prune/prices.html#prices.to_frame',
                                                                                   'fasterai/prune/prices.py'),
+                                       'fasterai.prune.prices._apart': ('prune/prices.html#_apart', 'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices._by_score': ('prune/prices.html#_by_score', 'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices._check_finite': ( 'prune/prices.html#_check_finite',
                                                                                 'fasterai/prune/prices.py'),

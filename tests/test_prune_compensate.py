@@ -117,12 +117,43 @@ def test_rank_deficient_inputs_are_repaired_exactly():
     assert p.loss[3] < 1e-2 < p.loss[4]         # three can go, a fourth cannot
     assert rel(compensate(net, {'0': p.kept(5)}, x, groups=[pair(8)])(x), net(x)) < 1e-5
 
+def test_wide_layers_look_at_one_unit_at_a_time(monkeypatch):
+    "Three inputs for each unit: the first losses are those of the whole inverse, also where a unit lies in two blocks; the rest are no less"
+    from fasterai.prune import prices
+    torch.manual_seed(0)
+    C = torch.cov((randn(400, 24) @ randn(24, 24, seed=1)).T).double()
+    R,P = randn(5, 24, seed=2).double(),torch.linalg.inv(C)
+    index = torch.arange(24).view(8, 3).tolist()
+    close(prices._unit_losses(R, prices._apart([P], index), 8), prices._unit_losses(R, P, 8), 1e-9)
+    parts = [torch.linalg.inv(C[i:j, i:j]) for i,j in ((0, 10), (10, 24))]
+    close(prices._unit_losses(R, prices._apart(parts, index), 8), prices._unit_losses(R, torch.block_diag(*parts), 8), 1e-9)
+    whole,apart = (prices._order([(R, o)], 8) for o in (P, prices._apart([P], index)))
+    assert whole[0][0] == apart[0][0] and whole[1][1] == pytest.approx(apart[1][1])
+    net,x = mlp(),randn(300, 5)
+    monkeypatch.setattr(prices, '_WIDE', 4)
+    p = price_units(net, [pair(8)], x)['0']
+    assert sorted(p.order) == [*range(8)] and (np.diff(p.loss) >= 0).all()
+
 def test_unread_units_cost_nothing():
     net,x = mlp(),randn(300, 5)
     net[2].weight[:, [1, 6]] = 0
     p = price_units(net, [pair(8)], x)['0']
     assert {*p.order[:2]} == {1, 6} and p.loss[2] < 1e-12
     close(compensate(net, {'0': p.kept(6)}, x, groups=[pair(8)], refit=False)(x), net(x))
+
+def test_a_block_without_survivors(monkeypatch):
+    "Of 12 inputs in blocks of 4, all that stay are in one: means of the others go to the bias, and nothing is predicted across blocks"
+    from fasterai.prune import repair
+    net,x = mlp(n=12),randn(400, 5)
+    h = net[1](net[0](x)).double()
+    C = torch.cov(h.T)
+    class Apart:
+        blocks,mean,shrink,independent = [C[i:i+4, i:i+4] for i in (0, 4, 8)],h.mean(0),0.,400
+    W,c = repair.repaired(net[2], Apart, [0, 2], centred=True)
+    A = torch.linalg.lstsq((h - h.mean(0))[:, [0, 2]], (h - h.mean(0))[:, :4]).solution.T
+    want = net[2].weight.double()[:, :4] @ A
+    close(W, want, 1e-6)
+    close(h[:, [0, 2]].mean(0) @ W.T + c, h.mean(0) @ net[2].weight.double().T, 1e-8)
 
 # ------------------------------------------------------------------ prices
 

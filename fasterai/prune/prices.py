@@ -77,26 +77,43 @@ def _root(m, side_in, H):
     return R if len(R) <= R.shape[1] else torch.linalg.qr(R, 'r').R
 
 def _precision(moments, centred):
-    "Inverse of the shrunk covariance, or of second moments, block by block (n, n)"
+    "Inverses of the blocks of the shrunk covariance, or of second moments"
     blocks = moments.shrunk() if centred else moments.second(shrink=True)
     res = []
     for C in blocks:
         t = float(C.diagonal().mean())
         eye = torch.eye(len(C), dtype=C.dtype, device=C.device)
         res.append(torch.linalg.inv(C + 1e-10*t*eye) if t > 0 else eye)     # what never varies is judged by its weights
-    return torch.block_diag(*res)
+    return res
+
+_WIDE = 8192    # inputs; of wider layers, only what lies between the inputs of one unit is kept
+
+def _apart(blocks, index):
+    "The inverses between the inputs of each unit (units, b, b)"
+    ix = torch.tensor(index, device=blocks[0].device)   # (units, b)
+    res,start = blocks[0].new_zeros(*ix.shape, ix.shape[1]),0
+    for P in blocks:
+        here = (ix >= start) & (ix < start + len(P))
+        u = here.any(1).nonzero()[:, 0]
+        at,both = (ix[u] - start).clamp(0, len(P)-1),here[u][:, :, None] & here[u][:, None]
+        res[u] += P[at[:, :, None], at[:, None]]*both
+        start += len(P)
+    return res
 
 # %% ../../nbs/prune/prices.ipynb #a2379782
 def _unit_losses(R, P, a):
     "What each of `a` units costs, the rest re-solved (a,)"
     b = R.shape[1]//a
-    if b == 1: return R.square().sum(0)/P.diagonal()
-    Pb = P.view(a, b, a, b).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    if b == 1: return R.square().sum(0)/(P.flatten() if P.ndim == 3 else P.diagonal())
+    Pb = P if P.ndim == 3 else P.view(a, b, a, b).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     Rb = R.view(-1, a, b).permute(1, 2, 0)
     return (Rb*torch.linalg.solve(Pb, Rb)).sum((1, 2))
 
 def _without(R, P, gone, keep):
     "What is lost without the inputs `gone`, and R and P of the others"
+    if P.ndim == 3:
+        u,k = (o[::P.shape[1]]//P.shape[1] for o in (gone, keep))
+        return float(_unit_losses(R[:, gone], P[u], len(u)).sum()), R[:, keep], P[k]
     S,Rg = factored(P[gone][:, gone]),R[:, gone]
     K = torch.cholesky_solve(P[gone][:, keep], S)
     lost = (Rg*torch.cholesky_solve(Rg.T, S).T).sum()
@@ -211,8 +228,9 @@ def _obs(model, groups, inputs, norms):
             m = mods[o.layer]
             if o.layer not in Ps: Ps[o.layer] = _precision(inputs[o.layer], takes_constant(m, o.layer, norms))
             P = Ps[o.layer]
-            ix = torch.tensor([i for u in o.index for i in u], device=P.device)
-            R = _root(m, _where(m, 'in')['weight'], inputs.sens.get(o.layer)).to(P.device)
-            parts.append((R[:, ix], P[ix][:, ix]))
+            ix = torch.tensor([i for u in o.index for i in u], device=P[0].device)
+            R = _root(m, _where(m, 'in')['weight'], inputs.sens.get(o.layer)).to(P[0].device)
+            wide = sum(map(len, P)) > _WIDE
+            parts.append((R[:, ix], _apart(P, o.index) if wide else torch.block_diag(*P)[ix][:, ix]))
         res[g.name] = Price(g, *_order(parts, g.units))
     return Prices(res, 'obs', inputs=inputs, missing=missing)

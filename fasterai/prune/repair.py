@@ -39,7 +39,7 @@ def explain(
     rows: int = 0,          # rows behind `C`; 0 for many
 ) -> torch.Tensor:          # A (n, k): x ≈ A x_keep; the rows of what stays are those of the identity
     "The best linear prediction of all features from those that stay"
-    k = torch.as_tensor(keep, device=C.device)
+    k = torch.as_tensor(keep, dtype=torch.long, device=C.device)
     gone = torch.ones(len(C), dtype=torch.bool, device=C.device)
     gone[k] = False
     A,t,var = C.new_zeros(len(C), len(k)),float(C.diagonal().mean()),float(C.diagonal()[gone].sum())
