@@ -83,8 +83,10 @@ def vgg(cache):
 def lite(cache):
     p = _other('prune')
     case = p._lite(cache, n=256)
+    _other('quality')
+    plain = _other('quantize')._plain_convs(case.model)     # its own convolutions pad first, which only some methods take
     crops = [[(b, None) for b in p._plain_crops(names, 300, 128, s).split(50)] for s,names in enumerate((p.TEST[::2], p.TEST[1::2]))]
-    return Case('EfficientNet-Lite0', case.model, case.data, *crops, metric='agreement', drop=.05, head='_fc')
+    return Case('EfficientNet-Lite0', plain, case.data, *crops, metric='agreement', drop=.05, head='_fc')
 
 class _Encoder(nn.Module):
     "Sentence embeddings"

@@ -135,7 +135,7 @@ def _int8(self:_Chain, share, ways):
 
 def _ways(proto, kind):
     "Arguments of `quantize_onnx` to try, the fastest or the smallest file first"
-    if _how(proto, 'auto') == 'static': return {}, dict(min_agreement=.98)
+    if _how(proto, 'auto') == 'static': return {}, dict(min_agreement=.95), dict(min_agreement=.98)
     tables = ((4, 8, False) if opset(proto) >= 18 else (8, False)) if has_tables(proto) else (False,)
     if kind == 'latency': return [dict(rows=r, embeddings=e) for r in (False, True) for e in tables]
     return [dict(rows=r, embeddings=e) for e in tables for r in (False, True)]
