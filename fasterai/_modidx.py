@@ -1920,6 +1920,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.prune.prices._by_score': ('prune/prices.html#_by_score', 'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices._check_finite': ( 'prune/prices.html#_check_finite',
                                                                                 'fasterai/prune/prices.py'),
+                                       'fasterai.prune.prices._losses': ('prune/prices.html#_losses', 'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices._obs': ('prune/prices.html#_obs', 'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices._order': ('prune/prices.html#_order', 'fasterai/prune/prices.py'),
                                        'fasterai.prune.prices._precision': ('prune/prices.html#_precision', 'fasterai/prune/prices.py'),

@@ -71,8 +71,7 @@ def _root(m, side_in, H):
     W = W.flatten(2) if W.ndim > 2 else W[..., None]        # (n, outputs, kernel)
     if H is not None and H.ndim == 1: W = W*H.to(W).clamp(min=0).sqrt()[None, :, None]
     elif H is not None:
-        e,Q = torch.linalg.eigh(H.to(W))
-        W = torch.einsum('ab,nbk->nak', e.clamp(min=0).sqrt()[:, None]*Q.T, W)
+        W = torch.einsum('ba,nbk->nak', factored(H.to(W, copy=True)), W)
     R = W.flatten(1).T
     return R if len(R) <= R.shape[1] else torch.linalg.qr(R, 'r').R
 
@@ -103,24 +102,27 @@ def _apart(blocks, index):
 # %% ../../nbs/prune/prices.ipynb #a2379782
 def _unit_losses(R, P, a):
     "What each of `a` units costs, the rest re-solved (a,)"
+    if P is None: return R
     b = R.shape[1]//a
-    if b == 1: return R.square().sum(0)/(P.flatten() if P.ndim == 3 else P.diagonal())
-    Pb = P if P.ndim == 3 else P.view(a, b, a, b).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    if b == 1: return R.square().sum(0)/P.diagonal()
+    return _losses(R, P.view(a, b, a, b).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+
+def _losses(R, Pb):
+    "The same from the inverses between the inputs of each unit (a, b, b)"
+    a,b = Pb.shape[:2]
     Rb = R.view(-1, a, b).permute(1, 2, 0)
     return (Rb*torch.linalg.solve(Pb, Rb)).sum((1, 2))
 
 def _without(R, P, gone, keep):
     "What is lost without the inputs `gone`, and R and P of the others"
-    if P.ndim == 3:
-        u,k = (o[::P.shape[1]]//P.shape[1] for o in (gone, keep))
-        return float(_unit_losses(R[:, gone], P[u], len(u)).sum()), R[:, keep], P[k]
+    if P is None: return float(R[gone].sum()), R[keep], None
     S,Rg = factored(P[gone][:, gone]),R[:, gone]
     K = torch.cholesky_solve(P[gone][:, keep], S)
     lost = (Rg*torch.cholesky_solve(Rg.T, S).T).sum()
     return float(lost), R[:, keep] - Rg @ K, P[keep][:, keep] - P[keep][:, gone] @ K
 
 def _order(parts, units):
-    "Order and cumulative loss for readers (R, P), whose columns are those of unit 0, then of unit 1 …"
+    "Order and cumulative loss for readers (R, P), whose columns are those of unit 0, then of unit 1 …; or (loss of each unit, None)"
     ids,order,loss = torch.arange(units),[],[0.]
     while (a := len(ids)):
         each = sum(_unit_losses(R, P, a) for R,P in parts).cpu()
@@ -129,7 +131,7 @@ def _order(parts, units):
         stays[j] = False
         total,parts = 0.,list(parts)
         for i,(R,P) in enumerate(parts):
-            inner = torch.arange(R.shape[1]//a)
+            inner = torch.arange(R.shape[-1]//a)
             lost,*parts[i] = _without(R, P, (j[:, None]*len(inner) + inner).flatten(), (stays.nonzero()*len(inner) + inner).flatten())
             total += max(0., lost)
         share = each[j].clamp(min=1e-300)
@@ -231,6 +233,6 @@ def _obs(model, groups, inputs, norms):
             ix = torch.tensor([i for u in o.index for i in u], device=P[0].device)
             R = _root(m, _where(m, 'in')['weight'], inputs.sens.get(o.layer)).to(P[0].device)
             wide = sum(map(len, P)) > _WIDE
-            parts.append((R[:, ix], _apart(P, o.index) if wide else torch.block_diag(*P)[ix][:, ix]))
+            parts.append((_losses(R[:, ix], _apart(P, o.index)), None) if wide else (R[:, ix], torch.block_diag(*P)[ix][:, ix]))
         res[g.name] = Price(g, *_order(parts, g.units))
     return Prices(res, 'obs', inputs=inputs, missing=missing)
