@@ -22,15 +22,15 @@ from .batches import _Bar, _explained, _rng_kept, Batches, left_as_found
 from .collect import _Collector, _outputs, _rows
 from .hooks import _hooked
 from .latency import _latencies
+from .matrices import model_bytes
 from .modules import _double, count_params
 from .plan import Plan
 from .sums import _Moments
 
 # %% ../../nbs/core/report.ipynb #ce75d22f
 def _megabytes(model):
-    "Parameters and buffers in MB, shared ones counted once, lazy ones not at all"
-    ts = {id(t): t for t in chain(model.parameters(), model.buffers()) if not isinstance(t, nn.parameter.UninitializedTensorMixin)}
-    return sum(t.numel()*t.element_size() for t in ts.values())/1e6
+    "What is saved of a model, in MB: shared tensors counted once, lazy ones not at all"
+    return model_bytes(model)/1e6
 
 # %% ../../nbs/core/report.ipynb #3c831e12
 @contextmanager
