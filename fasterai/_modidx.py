@@ -1171,6 +1171,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fasterai.export.runtime._axes': ('export/runtime.html#_axes', 'fasterai/export/runtime.py'),
                                          'fasterai.export.runtime._decoded': ('export/runtime.html#_decoded', 'fasterai/export/runtime.py'),
                                          'fasterai.export.runtime._fitting': ('export/runtime.html#_fitting', 'fasterai/export/runtime.py'),
+                                         'fasterai.export.runtime._left_alone_in_forks': ( 'export/runtime.html#_left_alone_in_forks',
+                                                                                           'fasterai/export/runtime.py'),
                                          'fasterai.export.runtime._loaded': ('export/runtime.html#_loaded', 'fasterai/export/runtime.py'),
                                          'fasterai.export.runtime._stacked': ('export/runtime.html#_stacked', 'fasterai/export/runtime.py'),
                                          'fasterai.export.runtime.load_onnx_learner': ( 'export/runtime.html#load_onnx_learner',

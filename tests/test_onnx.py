@@ -629,3 +629,25 @@ def test_what_a_file_of_a_learner_cannot_do(tmp_path):
     with pytest.raises(RuntimeError, match='call it afterwards'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Now())
     with pytest.raises(ValueError, match='one item at a time'): learn.export_onnx(tmp_path/'m.onnx', dynamic=False)
     assert not any(tmp_path.iterdir())
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_workers_of_a_loader_leave_sessions_alone(tmp_path):
+    "A session that only the garbage collector can find, and a forked process that collects: it used to crash or to wait for ever"
+    code = """
+import gc, multiprocessing as mp, sys, torch
+from fasterai.export.onnx import export_onnx
+from fasterai.export.verify import session
+export_onnx(torch.nn.Linear(64, 64), sys.argv[1], torch.randn(4, 64), exporter='torchscript', latency=False)
+gc.disable()
+class Held: pass
+o = Held()
+o.session,o.me = session(sys.argv[1], threads=4),o
+o.session.run(None, {o.session.get_inputs()[0].name: torch.randn(4, 64).numpy()})
+del o
+p = mp.get_context('fork').Process(target=gc.collect)
+p.start(), p.join(60)
+code = p.exitcode
+p.kill()
+sys.exit(0 if code == 0 else 3)
+"""
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'a.onnx')], capture_output=True, timeout=120).returncode == 0

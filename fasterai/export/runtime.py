@@ -6,7 +6,7 @@
 __all__ = ['ONNXModel', 'load_onnx_learner']
 
 # %% ../../nbs/export/runtime.ipynb #a3a46c8f
-import json, os
+import functools, gc, json, os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,13 @@ def _fitting(x, want):
     return np.ascontiguousarray(a.astype(dtype) if dtype else a)
 
 # %% ../../nbs/export/runtime.ipynb #367ab775
+@functools.cache
+def _left_alone_in_forks():
+    "A process that is forked, such as a worker of a DataLoader, must not clean up sessions that it inherits: their threads are not there"
+    if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=gc.freeze)
+
 def _loaded(path, options, providers):
+    _left_alone_in_forks()
     from onnxruntime import InferenceSession
     from onnxruntime.capi import onnxruntime_pybind11_state as o
     try: return InferenceSession(str(path), options, providers=providers)

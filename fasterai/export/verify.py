@@ -16,6 +16,7 @@ from .exporters import file_bytes, needs
 from .inputs import batches_of, dynamic_axes, runs, traced, trials
 from ..core.matrices import model_bytes
 from .report import ONNXReport, Trial
+from .runtime import _left_alone_in_forks
 
 # %% ../../nbs/export/verify.ipynb #89ab462d
 def _shapes(xs): return ', '.join('×'.join(map(str, x.shape)) or 'a number' for x in xs)
@@ -63,6 +64,7 @@ def session(path, threads: int|None = None):
     "An ONNX Runtime session on the CPU"
     needs('onnxruntime')
     import onnxruntime as ort
+    _left_alone_in_forks()
     so = ort.SessionOptions()
     so.intra_op_num_threads,so.log_severity_level = threads or torch.get_num_threads(),4     # errors are raised
     return ort.InferenceSession(str(path), so, providers=['CPUExecutionProvider'])
