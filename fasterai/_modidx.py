@@ -2901,6 +2901,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai/workflow/chain.py'),
                                          'fasterai.workflow.chain._Chain._good': ( 'workflow/chain.html#_chain._good',
                                                                                    'fasterai/workflow/chain.py'),
+                                         'fasterai.workflow.chain._Chain._helps': ( 'workflow/chain.html#_chain._helps',
+                                                                                    'fasterai/workflow/chain.py'),
                                          'fasterai.workflow.chain._Chain._int8': ( 'workflow/chain.html#_chain._int8',
                                                                                    'fasterai/workflow/chain.py'),
                                          'fasterai.workflow.chain._Chain._judge': ( 'workflow/chain.html#_chain._judge',

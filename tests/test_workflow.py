@@ -81,12 +81,18 @@ def test_steps_share_the_drop(trained):
     first = res.frame[res.frame.step == 'prune'].iloc[0]
     assert first.metric >= acc(trained) - .15 and res.last.metric >= acc(trained) - .3
 
-def test_a_step_that_makes_it_no_faster_is_left_out(trained, monkeypatch):
-    "On a machine on which everything takes as long as before"
-    monkeypatch.setattr(TorchTarget, 'times', lambda self, cs, n, seconds=0.: [1.]*len(cs))
+def test_a_step_that_makes_it_slower_is_left_out(trained, monkeypatch):
+    "On a machine on which each candidate takes longer than the one before"
+    monkeypatch.setattr(TorchTarget, 'times', lambda self, cs, n, seconds=0.: [1. + .1*i for i in range(len(cs))])
     res = run(trained, max_drop=.02, goal='latency', steps=['fold', 'quantize'])
-    assert list(res.frame.kept) == [True, True, False] and 'does not help here, 1 → 1 ms' in res.frame.why.iloc[-1]
+    assert list(res.frame.kept) == [True, True, False] and 'does not help here, 1 → 1.1 ms' in res.frame.why.iloc[-1]
     assert [type(p).__name__ for p in res.plans] == ['FoldPlan'] and acc(res.model) == acc(trained)
+
+def test_where_the_time_is_the_same_bytes_decide(trained, monkeypatch):
+    monkeypatch.setattr(TorchTarget, 'times', lambda self, cs, n, seconds=0.: [1.]*len(cs))
+    res = run(trained, max_drop=.02, goal='latency', steps=['quantize'])
+    assert list(res.frame.kept) == [True, True] and '1 → 1 ms' in res.frame.why.iloc[-1] and 'MB' in res.frame.why.iloc[-1]
+    assert res.last.mb < .9*res.first.mb
 
 def test_what_cannot_be_done_is_a_row(trained):
     head = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))

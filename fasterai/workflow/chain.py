@@ -83,6 +83,7 @@ def _what(plan): return plan if isinstance(plan, str) else re.split(r', [\d,.]+(
 
 # %% ../../nbs/workflow/chain.ipynb #b41a9a68
 _NOISE = .03    # two timings that are closer than this are the same
+_SMALLER = .9   # then a file of at most this share of the bytes is better
 
 @patch
 def _gain(self:_Chain, c):
@@ -93,11 +94,19 @@ def _gain(self:_Chain, c):
     return 1 - b/a, f'{a:.3g} → {b:.3g} {unit}'
 
 @patch
+def _helps(self:_Chain, c):
+    "Does candidate `c` help the goal, or the bytes where the time is the same? And how to say it"
+    (gain,how),now = self._gain(c),self.kept[-1]
+    if self.goal.kind == 'bytes' or gain > _NOISE: return gain > 0,how
+    if gain < -_NOISE or c.mb > _SMALLER*now.mb: return False,how
+    return True,f'{how}, {now.mb:.3g} → {c.mb:.3g} MB'
+
+@patch
 def _judge(self:_Chain, name, share, model, plan, c):
     "Keep candidate `c`, or leave it"
-    value,(gain,how) = float(self.evaluate(c.model)),self._gain(c)
+    value,(helps,how) = float(self.evaluate(c.model)),self._helps(c)
     if not self._good(value, share): why = f'{self.metric} falls too much'
-    elif name not in LOSSLESS and gain <= (0 if self.goal.kind == 'bytes' else _NOISE): why = f'it does not help here, {how}'
+    elif name not in LOSSLESS and not helps: why = f'it does not help here, {how}'
     else: why = ''
     self._add(name, model, plan, value, f'left out: {why}' if why else how, not why, c)
 
