@@ -373,5 +373,5 @@ def main(
     head = f'# Quantization\n\n{where}'
     if out:
         Path(out).write_text(_merged(Path(out), parts, head), encoding='utf-8')
-        _picture(Path(out).read_text(encoding='utf-8'), Path(out).with_suffix('.png'))
+        _picture(Path(out).read_text(encoding='utf-8'), Path(__file__).resolve().parent.parent/'nbs'/'images'/'quantize.png')
     else: print('\n'.join([head, '', *parts]))
