@@ -124,10 +124,10 @@ def test_wide_layers_look_at_one_unit_at_a_time(monkeypatch):
     C = torch.cov((randn(400, 24) @ randn(24, 24, seed=1)).T).double()
     R,P = randn(5, 24, seed=2).double(),torch.linalg.inv(C)
     index = torch.arange(24).view(8, 3).tolist()
-    close(prices._losses(R, prices._apart([P], index)), prices._unit_losses(R, P, 8), 1e-9)
+    close(prices._losses(R, prices._by_unit([P], index)), prices._unit_losses(R, P, 8), 1e-9)
     parts = [torch.linalg.inv(C[i:j, i:j]) for i,j in ((0, 10), (10, 24))]
-    close(prices._losses(R, prices._apart(parts, index)), prices._unit_losses(R, torch.block_diag(*parts), 8), 1e-9)
-    whole,apart = (prices._order([o], 8) for o in ((R, P), (prices._losses(R, prices._apart([P], index)), None)))
+    close(prices._losses(R, prices._by_unit(parts, index)), prices._unit_losses(R, torch.block_diag(*parts), 8), 1e-9)
+    whole,apart = (prices._order([o], 8) for o in ((R, P), (prices._losses(R, prices._by_unit([P], index)), None)))
     assert whole[0][0] == apart[0][0] and whole[1][1] == pytest.approx(apart[1][1])
     net,x = mlp(),randn(300, 5)
     monkeypatch.setattr(prices, '_WIDE', 4)

@@ -97,7 +97,7 @@ def _strip(proto):
     del proto.graph.metadata_props[:]
 
 def _sums_before_norms(proto):
-    "`Add` in front of a layer norm as `Sum`: ONNX Runtime would join the two, and take five times as long on a CPU"
+    "`Add` in front of a layer norm as `Sum`: ONNX Runtime would join the two to an operator that is slow on CPUs"
     made = {o: n for n in proto.graph.node for o in n.output}
     for n in proto.graph.node:
         if n.op_type == 'LayerNormalization' and n.input[0] in made and made[n.input[0]].op_type == 'Add': made[n.input[0]].op_type = 'Sum'

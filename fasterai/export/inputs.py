@@ -30,6 +30,7 @@ def _parameters(model, n):
         elif p.kind is p.VAR_POSITIONAL: more = p.name
     return (res + [f'{more or "input"}_{i}' for i in range(n - len(res))])[:n]
 
+# %% ../../nbs/export/inputs.ipynb #63bce09b
 class Form:
     "How a model takes the tensors of a batch, and what it returns"
     def __init__(self,

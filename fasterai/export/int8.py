@@ -18,7 +18,7 @@ from ..core.modules import select
 from ..core.surgery import _warn_user
 from .exporters import annotate, check_target, needs, staged
 from .report import ONNXReport, Trial
-from .rows import Products, opset, collect, rows_to_one, smoothing, write_dynamic
+from .rows import Products, collect, opset, rows_to_one, smoothing, write_dynamic
 from .runtime import _fitting
 from .static import OPS, Static, kept_float, weighted
 from .verify import _shapes, described, ort_errors, session

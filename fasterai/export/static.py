@@ -100,6 +100,7 @@ def mean_shifts(
     means = [np.average(v, axis=0, weights=rows) for v in zip(*(sess.run(names, f) for f in feeds))] if names else []
     return {n.name: d for n,d in zip(nodes, means)}
 
+# %% ../../nbs/export/static.ipynb #cdcdc02b
 def _shifted(proto, shifts):
     "A copy with `shifts` taken off the biases"
     from onnx import numpy_helper
@@ -129,6 +130,7 @@ def least_error(
     ends = [(min(lo, 0)*a, max(hi, 0)*b) for a in (parts if lo < 0 else [1]) for b in (parts if hi > 0 else [1])]
     return tuple(map(float, min(ends, key=lambda e: error(*e))))
 
+# %% ../../nbs/export/static.ipynb #367ee0f3
 def tight_ranges(
     proto,              # float ModelProto
     cache: Path,        # ranges that ONNX Runtime found
@@ -159,6 +161,7 @@ class _Reader:
     def __init__(self, feeds): self.feeds = iter(feeds)
     def get_next(self): return next(self.feeds, None)
 
+# %% ../../nbs/export/static.ipynb #3bb9ec56
 class Static:
     "Ranges of a file, and files with some of its nodes in 8 bits"
     def __init__(self,

@@ -87,7 +87,7 @@ def _precision(moments, centred):
 
 _WIDE = 8192    # inputs; of wider layers, only what lies between the inputs of one unit is kept
 
-def _apart(blocks, index):
+def _by_unit(blocks, index):
     "The inverses between the inputs of each unit (units, b, b)"
     ix = torch.tensor(index, device=blocks[0].device)   # (units, b)
     res,start = blocks[0].new_zeros(*ix.shape, ix.shape[1]),0
@@ -233,6 +233,6 @@ def _obs(model, groups, inputs, norms):
             ix = torch.tensor([i for u in o.index for i in u], device=P[0].device)
             R = _root(m, _where(m, 'in')['weight'], inputs.sens.get(o.layer)).to(P[0].device)
             wide = sum(map(len, P)) > _WIDE
-            parts.append((_losses(R[:, ix], _apart(P, o.index)), None) if wide else (R[:, ix], torch.block_diag(*P)[ix][:, ix]))
+            parts.append((_losses(R[:, ix], _by_unit(P, o.index)), None) if wide else (R[:, ix], torch.block_diag(*P)[ix][:, ix]))
         res[g.name] = Price(g, *_order(parts, g.units))
     return Prices(res, 'obs', inputs=inputs, missing=missing)

@@ -47,6 +47,7 @@ class Directions:
         D = self.D[:,:k].T
         return D @ self.W if self.outer else D
 
+# %% ../../nbs/quantize/pairs.ipynb #23117f64
 def directions(
     W: torch.Tensor,                            # (m, n), finite
     S: Sequence[torch.Tensor]|None = None,      # second moments of the inputs, diagonal blocks (1, b, b); None: all inputs alike
@@ -64,6 +65,7 @@ def directions(
         U = torch.linalg.eigh(G if F is None else F.T @ G @ F).eigenvectors.flip(1)
     return Directions(W, U if F is None else F @ U, True)
 
+# %% ../../nbs/quantize/pairs.ipynb #39531bab
 def _first_few(W, S, F, k, rounds=6):
     "The first `k` eigenvectors of FᵀWSWᵀF, by iteration from random ones"
     X = torch.randn(len(W), k + 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(W)

@@ -81,18 +81,22 @@ class SparseRow(Row):
     def cells(self) -> dict[str,Any]:
         return dict(layer=self.name or '(the model)', shape=self.size, weights=self.weights, zeros=self.share, after=self.after,
                     error=self.error if self.changed else 0., update=self.update, reason=self.reason)
-    def misfit(self, m: nn.Module|None) -> str|None:
-        if m is None: return 'no such layer'
-        w = getattr(m, 'weight', None)
-        if not isinstance(w, torch.Tensor) or tuple(w.shape) != self.shape: return f'a {type(m).__name__} there'
-        if w.is_meta: return None
-        return None if (n := int((w == 0).sum())) >= self.zeros else f'one with {n:,}'
-    @classmethod
-    def from_dict(cls, d: dict) -> 'SparseRow':
-        res = super().from_dict(d)
-        if res.mask and (n := int((~unpack_mask(res.mask, res.shape)).sum())) != res.zeros:
-            raise ValueError(f'the mask of {res.name!r} has {n} zeros, not {res.zeros}')
-        return res
+
+# %% ../../nbs/sparse/plan.ipynb #01b436e4
+@patch
+def misfit(self:SparseRow, m: nn.Module|None) -> str|None:
+    if m is None: return 'no such layer'
+    w = getattr(m, 'weight', None)
+    if not isinstance(w, torch.Tensor) or tuple(w.shape) != self.shape: return f'a {type(m).__name__} there'
+    if w.is_meta: return None
+    return None if (n := int((w == 0).sum())) >= self.zeros else f'one with {n:,}'
+
+@patch(cls_method=True)
+def from_dict(cls:SparseRow, d: dict) -> 'SparseRow':
+    res = super(SparseRow, cls).from_dict(d)
+    if res.mask and (n := int((~unpack_mask(res.mask, res.shape)).sum())) != res.zeros:
+        raise ValueError(f'the mask of {res.name!r} has {n} zeros, not {res.zeros}')
+    return res
 
 # %% ../../nbs/sparse/plan.ipynb #870a0043
 @dataclass(frozen=True, repr=False)

@@ -38,6 +38,7 @@ def _check_share(v, where='sparsity'):
     hint = ' All weights would be zero.' if v == 1 else f' For {v:g} % of zeros pass {v/100:g}.' if 1 < v < 100 else ''
     raise ValueError(f'{where} must be in [0, 1), the share of zeros, got {v}.{hint}')
 
+# %% ../../nbs/sparse/sparsifier.ipynb #30458ac5
 class Sparsifier:
     "Make weights of fully-connected layers and convolutions zero, and solve the others anew"
     def __init__(self,
