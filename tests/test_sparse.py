@@ -640,6 +640,15 @@ def test_s23_patterns_and_scores_while_training(learn, kw):
     elif kw.get('pattern') == 'block': assert set((w == 0).view(12, 4, 8, 4).float().mean((1, 3)).flatten().tolist()) == {0., 1.}
     else: assert zeros(learn.model) == (weights(learn.model) - 512*('exclude' in kw))//2
 
+@pytest.mark.parametrize('score', ('saliency', 'wanda', 'magnitude', 'random'))
+def test_what_is_zero_already_goes_first(score):
+    "Also where all weights matter alike because the unit or the input is dead: else more than two of four would go in the end"
+    W = torch.ones(1, 6, 8)
+    W[..., [3, 6]] = 0.
+    x = weight_scores(W, score, second=torch.tensor([[0.]*4 + [1.]*4]), out=torch.tensor([0., 1.]*3))
+    gone = mk_pattern('2:4').drop(x, 0)
+    assert gone[..., [3, 6]].all() and (gone.view(6, 2, 4).sum(-1) == 2).all()
+
 @pytest.mark.parametrize('epochs', (1, 2, 5))
 def test_s23_a_short_fit_goes_step_by_step_too(learn, epochs):
     learn.fit(epochs, cbs=(cb := SparsifyCallback(.8, score='magnitude')))

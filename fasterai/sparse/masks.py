@@ -138,4 +138,4 @@ def weight_scores(
     x = W.abs().to(torch.promote_types(W.dtype, torch.float32))
     if score in ('saliency', 'wanda'): x = x*second.sqrt()[:, None].to(x)
     if score == 'saliency' and out is not None: x = x*out.clamp(min=0).sqrt().view(*W.shape[:2], 1).to(x)
-    return x
+    return x.clamp_min(torch.finfo(x.dtype).tiny)*(W != 0)      # also where nothing matters, as behind a dead unit, zeros go first
