@@ -27,25 +27,12 @@ def _md(head, rows, right):
     return ['| ' + ' | '.join(head) + ' |', '|' + '|'.join(' --- ' if i < right else ' ---: ' for i in range(len(head))) + '|',
         *['| ' + ' | '.join(map(str, r)) + ' |' for r in rows]]
 
-# Time: sessions take turns; ratios of processor time of the turns
-
-def _session(path):
-    import onnxruntime as ort
-    so = ort.SessionOptions()
-    so.intra_op_num_threads,so.log_severity_level = 1,3
-    return ort.InferenceSession(str(path), so, providers=['CPUExecutionProvider'])
+session = _other('turns').session
 
 def ratios(calls, rounds):
-    "Milliseconds of the first call, and the median ratio of each to it"
-    times = [[] for _ in calls]
-    for f in calls: f()
-    for _ in range(rounds):
-        for f,t in zip(calls, times):
-            start = time.process_time()
-            f()
-            t.append(time.process_time() - start)
-    base = np.array(times[0])
-    return float(np.median(base))*1e3, [float(np.median(np.array(t)/base)) for t in times]
+    "Milliseconds of the first call, and the time of each relative to it"
+    found = _other('turns').turns(calls, rounds)
+    return found[0][0], [1/fast for _,fast in found]
 
 def _feed(sess, *xs): return {i.name: np.asarray(x) for i,x in zip(sess.get_inputs(), xs)}
 
@@ -176,7 +163,7 @@ def peer(path):
     out = Path(path).with_suffix('.peer.onnx')
     try: export_onnx(model, args if len(args) > 1 else args[0], out, input_names=[f'x{i}' for i in range(len(args))])
     except Exception as e: return dict(failed=f'{type(e).__name__}: {str(e).splitlines()[0][:80]}')
-    sess,found = _session(out),{}
+    sess,found = session(out),{}
     for what,xs in dict(traced=args, other=_sized(args, len(args[0])+1), one=_sized(args, 1), **({'length': long} if long else {})).items():
         with torch.no_grad():
             if callable(getattr(model, 'reset', None)): model.reset()
@@ -225,14 +212,9 @@ def files(tmp, rounds, cache=None):
 # Convolutions: fold and static int8
 
 def _accuracy(path, learn):
-    from fasterai.export.learner import _raw
-    sess,right,n = _session(path),0,0
-    images = next(iter(learn.dls.valid.new(bs=len(learn.dls.valid_ds), shuffle=False)))[1]
     from fasterai.export.runtime import ONNXModel
-    model = ONNXModel(path)
-    for o,y in learn.dls.valid_ds.items:
-        right,n = right + (model.predict(o)[1] == int(y)),n + 1
-    return right/n
+    model,items = ONNXModel(path),learn.dls.valid_ds.items
+    return sum(model.predict(o)[1] == int(y) for o,y in items)/len(items)
 
 def cnn(tmp, rounds, size=64):
     learn = _digits(size, 4)
@@ -240,7 +222,7 @@ def cnn(tmp, rounds, size=64):
     whole = learn.export_onnx(tmp/'folded.onnx')
     small = learn.quantize_onnx(tmp/'folded.onnx', tmp/'int8.onnx')
     names,sizes = ('dense.onnx', 'folded.onnx', 'int8.onnx'),[r.nbytes for r in (dense, whole, small)]
-    sess,acc,rows = [_session(tmp/n) for n in names],[_accuracy(tmp/n, learn) for n in names],[]
+    sess,acc,rows = [session(tmp/n) for n in names],[_accuracy(tmp/n, learn) for n in names],[]
     times = {}
     for b in (1, 32):
         x = np.random.default_rng(0).integers(0, 256, (b, size, size, 3), dtype=np.uint8)
@@ -262,13 +244,13 @@ def lite(tmp, rounds):
     r = export_onnx(case.model, tmp/'lite.onnx', case.test[0][:4], latency=False)
     x = torch.cat(case.test)
     forms = [('per channel', {}), ('min_agreement=.95', dict(min_agreement=.95)), ('min_agreement=.98', dict(min_agreement=.98))]
-    sess = [_session(tmp/'lite.onnx')]
+    sess = [session(tmp/'lite.onnx')]
     name = sess[0].get_inputs()[0].name
     dense = np.concatenate([sess[0].run(None, {name: o.numpy()})[0] for o in case.test])
     rows,reports = [],[]
     for i,(what,kw) in enumerate(forms):
         reports.append(quantize_onnx(tmp/'lite.onnx', tmp/f'lite{i}.onnx', [*torch.cat(case.data).split(16)], **kw))
-        sess.append(_session(tmp/f'lite{i}.onnx'))
+        sess.append(session(tmp/f'lite{i}.onnx'))
     t = {b: ratios([partial(s.run, None, {name: x[:b].numpy()}) for s in sess], rounds if b == 1 else max(3, rounds//4)) for b in (1, 32)}
     for i,(what,_) in enumerate([('float32', {}), *forms]):
         y = np.concatenate([sess[i].run(None, {name: o.numpy()})[0] for o in case.test])
@@ -291,6 +273,16 @@ class _Encoder(nn.Module):
         h,k = self.m(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,attention_mask[...,None].float()
         return nn.functional.normalize((h*k).sum(1)/k.sum(1), dim=-1)
 
+def _joined(src, dst):
+    "The file as an exporter writes it, with sums that ONNX Runtime joins with the layer norms behind them; its bytes"
+    import onnx
+    proto = onnx.load(str(src))
+    made = {o: n for n in proto.graph.node for o in n.output}
+    for n in proto.graph.node:
+        if n.op_type == 'LayerNormalization' and n.input[0] in made and made[n.input[0]].op_type == 'Sum': made[n.input[0]].op_type = 'Add'
+    onnx.save_model(proto, str(dst))
+    return os.path.getsize(dst)
+
 def transformer(tmp, rounds):
     from fasterai.export.int8 import quantize_onnx
     from fasterai.export.onnx import export_onnx
@@ -303,13 +295,15 @@ def transformer(tmp, rounds):
     ways = {'ONNX Runtime as it is': dict(rows=False), 'the same, tables in 4 bits': dict(rows=False, embeddings=4), 'rows to one': dict(smooth=False),
         'rows to one, smoothed': {}, 'the same, tables in 8 bits': dict(embeddings=True)}
     for i,(name,kw) in enumerate(ways.items()): made[name] = quantize_onnx(tmp/'float32.onnx', tmp/f'd{i}.onnx', cal[:8], **kw).nbytes
+    for name,src in (('float32, sums and norms joined', 'float32'), ('ONNX Runtime as it is, sums and norms joined', 'd0')):
+        made[name] = _joined(tmp/f'{src}.onnx', tmp/f'j{src}.onnx')
     formats = {'Quantizer(8), MatMulNBits': Int(8), "Int(8, activations='dynamic'), MatMulNBits": Int(8, activations='dynamic'), 'Quantizer(4), MatMulNBits': Int(4)}
     for i,(name,f) in enumerate(formats.items()):
         model = _Encoder(Quantizer(f, layers='encoder').quantize(case.model, case.data[:4]))
         try: made[name] = export_onnx(model, tmp/f'q{i}.onnx', cal[0], latency=False, rtol=.2).nbytes
         except ValueError as e: _log(name, e)
-    paths = ['float32.onnx', *(f'd{i}.onnx' for i in range(len(ways))), *(f'q{i}.onnx' for i,n in enumerate(formats) if n in made)]
-    sess = [_session(tmp/p) for p in paths]
+    paths = ['float32.onnx', *(f'd{i}.onnx' for i in range(len(ways))), 'jfloat32.onnx', 'jd0.onnx', *(f'q{i}.onnx' for i,n in enumerate(formats) if n in made)]
+    sess = [session(tmp/p) for p in paths]
     feeds = [{k: v.numpy() for k,v in b.items()} for b in test]
     outs = [np.concatenate([s.run(None, f)[0] for f in feeds]) for s in sess]
     cosine = [float((o*outs[0]).sum(1).mean()) for o in outs]

@@ -3,8 +3,9 @@
 MiniLM and EfficientNet-Lite0 come with their weights from packages, VGG16-bn is trained here on digits (a folder `--cache` keeps it).
 README.md beside this file says how to run it and what each column means.
 """
-import os, platform, statistics, sys, tempfile, time, warnings
+import os, platform, sys, tempfile, time, warnings
 from copy import deepcopy
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
@@ -19,6 +20,7 @@ from fasterai.quantize.formats import BITS, Corrected, Pair, weight_bytes
 from fasterai.quantize.measure import Pricer
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quality import _train_digits, _vgg as _build_vgg     # before prune, which takes this folder off the path
+from turns import turns     # before prune, which takes this folder off the path
 from prune import _lite, _minilm
 sys.path = [p for p in sys.path if Path(p or '.').resolve() != Path(__file__).resolve().parent]     # onnx.py beside this file is not the package
 
@@ -296,19 +298,11 @@ def _picture(text, path):
 
 # Time
 
+@torch.no_grad()
 def _ratios(models, x, rounds):
-    "Median CPU time in ms, and how many times faster than the first: candidates alternate"
-    run = (lambda m: m(**x)) if isinstance(x, dict) else (lambda m: m(x))
-    times = {k: [] for k in models}
-    with torch.no_grad():
-        for m in models.values(): run(m)
-        for _ in range(rounds):
-            for k,m in models.items():
-                start = time.process_time()
-                run(m)
-                times[k].append(1e3*(time.process_time() - start))
-    first = times[next(iter(times))]
-    return {k: (statistics.median(v), statistics.median(a/b for a,b in zip(first, v))) for k,v in times.items()}
+    "CPU time in ms, and how many times faster than the first"
+    def run(m): return m(**x) if isinstance(x, dict) else m(x)
+    return dict(zip(models, turns([partial(run, m) for m in models.values()], rounds)))
 
 def eager(cache):
     "MiniLM in eager PyTorch"

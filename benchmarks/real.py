@@ -2,7 +2,7 @@
 
 The metric on data that no search saw, bytes, and times in PyTorch and in ONNX Runtime. README.md beside this file says how to run it and what each column means.
 """
-import os, platform, statistics, subprocess, sys, tempfile, time, warnings
+import os, platform, subprocess, sys, tempfile, time, warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,8 @@ def _other(name):
     was,sys.path = sys.path,[*sys.path, str(ROOT/'benchmarks')]
     try: return __import__(name)
     finally: sys.path = was
+
+session,turns = _other('turns').session,_other('turns').turns
 
 # Networks: what they are calibrated on, searched on and tested on
 
@@ -118,12 +120,6 @@ class Row:
     note: str = ''
     times: dict = field(default_factory=dict)
 
-def _session(path):
-    import onnxruntime as ort
-    so = ort.SessionOptions()
-    so.intra_op_num_threads,so.log_severity_level = torch.get_num_threads(),3
-    return ort.InferenceSession(str(path), so, providers=['CPUExecutionProvider'])
-
 def _feed(sess, x): return {i.name: (x[i.name] if isinstance(x, dict) else x).numpy() for i in sess.get_inputs()}
 
 def _ran(sess, x): return torch.from_numpy(sess.run(None, _feed(sess, x))[0])
@@ -144,7 +140,7 @@ class Run:
 
     def add(self, what, model=None, path=None, nbytes=None, note=''):
         "A row; size and metric are those of the file, where there is one"
-        case,run = self.case,partial(_ran, _session(path)) if path else partial(_call, model)
+        case,run = self.case,partial(_ran, session(path)) if path else partial(_call, model)
         n = nbytes or (os.path.getsize(path) if path else _stored(model))
         self.rows.append(Row(what, case.score(run, case.test), n, model, path, self.good(case.score(run, case.search)), note))
         _log(f'{case.name}: {what}: {self.rows[-1].score:.4f}, {n/1e6:.2f} MB {note}')
@@ -217,7 +213,7 @@ def ort_quantized(run):
     if any(isinstance(m, nn.Conv2d) for m in c.model.modules()) and c.name != 'ViT':
         class Reader:
             def __init__(self): self.left = iter(c.data[:c.few])
-            def get_next(self): return next((_feed(_session(run.float), x) for x in self.left), None)
+            def get_next(self): return next((_feed(session(run.float), x) for x in self.left), None)
         quant_pre_process(str(run.float), str(pre), skip_symbolic_shape=True)
         quantize_static(str(pre), str(out), Reader())
         run.add('ONNX Runtime, static int8', path=out)
@@ -290,17 +286,6 @@ def peer(run, how, folder):
 
 # Times: all take turns
 
-def _turns(calls, rounds):
-    "Median time of each in ms, and how many times faster than the first"
-    times = [[] for _ in calls]
-    for f in calls: f()
-    for _ in range(rounds):
-        for f,t in zip(calls, times):
-            start = time.process_time()
-            f()
-            t.append(1e3*(time.process_time() - start))
-    return [(statistics.median(t), statistics.median(a/b for a,b in zip(times[0], t))) for t in times]
-
 def _rows_of(x, n):
     if isinstance(x, dict): return {k: _rows_of(v, n) for k,v in x.items()}
     return x[torch.arange(n) % len(x)].contiguous()
@@ -312,10 +297,10 @@ def timed(run, rounds=15):
         b,k = _rows_of(x, n),rounds if n == 1 else max(3, rounds//3)
         files,models = [r for r in run.rows if r.path],[r for r in run.rows if r.model is not None]
         def call(r):
-            sess = _session(r.path)
+            sess = session(r.path)
             return partial(sess.run, None, _feed(sess, b))
-        for r,t in zip(files, _turns([call(r) for r in files], k)): r.times['file', n] = t
-        for r,t in zip(models, _turns([partial(_call, r.model, b) for r in models], k)): r.times['model', n] = t
+        for r,t in zip(files, turns([call(r) for r in files], k)): r.times['file', n] = t
+        for r,t in zip(models, turns([partial(_call, r.model, b) for r in models], k)): r.times['model', n] = t
 
 # Learners: a table and texts, through `learn.compress`
 
