@@ -138,6 +138,19 @@ def test_a_file_answers_as_the_report_says(trained, tmp_path):
     assert (got.argmax(1) == y.numpy()).mean() == pytest.approx(res.last.metric) and res.path.stat().st_size/1e6 == pytest.approx(res.last.mb)
     assert [f.name for f in tmp_path.iterdir()] == ['m.onnx']
 
+def test_a_convolutional_file_has_few_bits_where_bytes_count(trained, tmp_path):
+    "Weights of the model, unpacked by ONNX Runtime; a wide network, so that the graph itself does not count"
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 256, 3), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 3)).eval()
+    x,_ = patches(96, 1)
+    with torch.no_grad(): want = wide(x).argmax(1)
+    same = lambda m: acc(m, (x, want))
+    res = compress(wide, same, [X], max_drop=.05, metric='agreement', goal='bytes', steps='quantize', target='onnx', path=tmp_path/'m.onnx')
+    assert res.frame.kept.all() and res.first.mb > 4*res.last.mb and res.int8 is None
+    with torch.no_grad(): dense = unpack(res.model)(x)      # plain convolutions with the rounded weights
+    torch.testing.assert_close(torch.from_numpy(ONNXModel(res.path)(x.numpy())), dense, rtol=1e-4, atol=1e-5)
+
 # ------------------------------------------------------------------ Learners
 
 def test_learner_goes_back_and_trains(trained):
