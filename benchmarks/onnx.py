@@ -221,17 +221,19 @@ def cnn(tmp, rounds, size=64):
     dense = learn.export_onnx(tmp/'dense.onnx', fold=False)
     whole = learn.export_onnx(tmp/'folded.onnx')
     small = learn.quantize_onnx(tmp/'folded.onnx', tmp/'int8.onnx')
-    names,sizes = ('dense.onnx', 'folded.onnx', 'int8.onnx'),[r.nbytes for r in (dense, whole, small)]
+    bits = learn.quantize(4).export_onnx(tmp/'bits.onnx')
+    names,sizes = ('dense.onnx', 'folded.onnx', 'int8.onnx', 'bits.onnx'),[r.nbytes for r in (dense, whole, small, bits)]
     sess,acc,rows = [session(tmp/n) for n in names],[_accuracy(tmp/n, learn) for n in names],[]
     times = {}
     for b in (1, 32):
         x = np.random.default_rng(0).integers(0, 256, (b, size, size, 3), dtype=np.uint8)
         times[b] = ratios([partial(s.run, None, dict(image=x)) for s in sess], rounds if b == 1 else max(3, rounds//4))
-    for i,n in enumerate(('float32, as exported', 'float32, folded first', 'static int8')):
+    for i,n in enumerate(('float32, as exported', 'float32, folded first', 'static int8', 'weights in 4 bits')):
         rows.append([n, f'{sizes[i]/1e6:.2f}', f'{sizes[i]/sizes[0]:.3f}', *(f'{times[b][1][i]:.2f}' for b in times), f'{acc[i]:.4f}'])
         _log(*rows[-1])
     checks = [(times[1][1][2] <= .45, 'resnet18 int8: at most .45 of the time at batch 1'), (sizes[2] <= .27*sizes[0], 'resnet18 int8: at most .27 of the size'),
-        (acc[2] >= acc[0] - .005, 'resnet18 int8: accuracy within half a point')]
+        (acc[2] >= acc[0] - .005, 'resnet18 int8: accuracy within half a point'),
+        (sizes[3] <= .16*sizes[0] and all(times[b][1][3] <= 1.05 for b in times), 'resnet18 in 4 bits: at most .16 of the size, in the time of float32')]
     return ['## A convolutional network', '', f'A vision learner (resnet18) on digits of {size}×{size} pixels, four epochs. '
         f'float32: {times[1][0]:.1f} ms at batch 1, {times[32][0]:.0f} ms at batch 32.', '',
         *_md(['file', 'MB', 'size', 'time, batch 1', 'time, batch 32', 'accuracy'], rows, 1)],checks
