@@ -7,6 +7,9 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from torch import nn
 from fasterai.all import *
+from fasterai.prune.search import prune_find
+from fasterai.lowrank.search import rank_find
+from fasterai.quantize.search import bit_find
 from fasterai.workflow.cli import main
 from fasterai.workflow.steps import STEPS
 from fasterai.workflow.target import TorchTarget
@@ -110,8 +113,63 @@ def test_bad_arguments_do_nothing(trained, bad, says):
     with pytest.raises((ValueError, TypeError), match=says): compress(**args)
     assert calls == []
 
+@pytest.mark.parametrize('evaluate, says', [('accuracy', "got 'accuracy'"), (lambda inp, targ: 0., r'takes \(inp, targ\)'), (lambda m: (1., 2.), 'returned'),
+    (lambda m: m(X), 'one number'), (lambda m: '.9', 'one number'), (lambda m: None, 'one number'), (lambda m: float('nan'), 'finite metric')])
+@pytest.mark.parametrize('search', [compress, *(partial(f, higher_is_better=True) for f in (prune_find, rank_find, bit_find))])
+def test_what_is_no_metric_is_said_first(trained, search, evaluate, says):
+    with pytest.raises((ValueError, TypeError), match=says): search(trained, evaluate, [X])
+
+def test_what_is_no_model_is_said_first(trained):
+    for m,says in ((learner(trained), 'pass learn.model'), (nn.Sequential(nn.Flatten()), 'no parameters')):
+        with pytest.raises((ValueError, TypeError), match=says): run(m)
+
+@pytest.mark.parametrize('search', [partial(compress, goal='bytes'), *(partial(f, higher_is_better=True) for f in (prune_find, rank_find, bit_find))])
+def test_a_model_in_train_mode_is_measured_in_eval_mode(trained, search):
+    m = nn.Sequential(*copy.deepcopy(trained)[:-1], nn.Dropout(.9), copy.deepcopy(trained)[-1]).train()
+    state,modes = copy.deepcopy(m.state_dict()),set()
+    def evaluate(m):
+        modes.update(o.training for o in m.modules())
+        return acc(m)
+    res = search(m, evaluate, [X], max_drop=.02)
+    assert modes == {False} and all(o.training for o in m.modules())
+    assert all(torch.equal(v, state[k]) for k,v in m.state_dict().items())
+    assert (res.first.metric if hasattr(res, 'first') else res.dense) == acc(trained)
+
+@pytest.mark.parametrize('change', [4e-7, .002])
+def test_rounding_does_not_undo_folding(trained, change):
+    "Folding may move the last digits of a loss, or turn one answer"
+    def loss(m): return .2 + change*(not any(isinstance(o, nn.BatchNorm2d) for o in m.modules()))
+    res = compress(trained, loss, [X], max_drop=.01, higher_is_better=False, steps=['fold', 'quantize'])
+    assert res.frame.kept[1] and [type(p).__name__ for p in res.plans][0] == 'FoldPlan'
+
+def test_an_iterator_of_batches_is_enough_for_all_steps(trained):
+    res = compress(trained, acc, iter(X.split(64)), max_drop=.02, goal='bytes', steps=['prune', 'quantize'])
+    assert not res.frame.why.str.contains('batches').any() and res.frame.kept.all()
+
+def test_data_that_do_not_fit_are_named(trained):
+    with pytest.raises(RuntimeError) as e: run(trained, data=torch.zeros(4, 1, 8, 8))
+    assert any('batch 0 of data: float32(4, 1, 8, 8)' in n for n in e.value.__notes__)
+
+def test_a_file_is_called_as_data_are(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+        def forward(self, x, y=None): return self.fc(x) if y is None else nn.functional.cross_entropy(self.fc(x), y)
+    x,y = torch.randn(16, 4),torch.zeros(16, dtype=torch.long)
+    with pytest.raises(ValueError, match='outside of it'):
+        compress(Net(), lambda m: m(x, y).item(), x, higher_is_better=False, target='onnx', path=tmp_path/'m.onnx')
+    assert not [*tmp_path.iterdir()]
+
+def test_half_precision_becomes_a_file(trained, tmp_path):
+    for dtype in (torch.float16, torch.bfloat16):
+        m,(x,y) = copy.deepcopy(trained).to(dtype),patches(96, 1)
+        half = lambda m: acc(m, (x.to(dtype), y))
+        res = compress(m, half, X.to(dtype), max_drop=.05, steps=['fold'], target='onnx', path=tmp_path/f'{dtype}.onnx')
+        assert (ONNXModel(res.path)(x.numpy()).argmax(1) == y.numpy()).mean() == pytest.approx(half(m), abs=.05)
+
 def test_interrupted_at_any_time_the_best_so_far_is_the_result(trained):
-    for stop in (2, 5):
+    for stop in (2, 5):     # calls of `evaluate`
         seen = itertools.count()
         def evaluate(m):
             if next(seen) == stop: raise KeyboardInterrupt
@@ -164,6 +222,11 @@ def test_learner_goes_back_and_trains(trained):
     assert learn.uncompress().model is dense
 
 @pytest.mark.slow
+def test_without_a_validation_set_nothing_is_searched(trained):
+    items = [*zip(*patches())]
+    learn = Learner(DataLoaders.from_dsets(items, [], bs=32, device='cpu'), trained, loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
+    with pytest.raises(ValueError, match='no validation set'): learn.compress()
+
 def test_texts(tmp_path):
     "A recurrent classifier that returns more than its logits: measured as a file, its LSTM layers in 8 bits"
     from fastai.text.all import AWD_LSTM, BaseTokenizer, CategoryBlock, ColReader, ColSplitter, DataBlock, TextBlock, text_classifier_learner

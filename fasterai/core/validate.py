@@ -72,6 +72,9 @@ def measured_by(
 ) -> tuple[Callable[[nn.Module],float],dict[str,Any]]:  # what measures a model, and `metric` and `higher_is_better` for a search
     "The metric of a model on the whole validation set"
     i,name = _metric_index(learn, metric)
+    if len(learn.dls.loaders) < 2 or not len(learn.dls.valid):
+        raise ValueError('the Learner has no validation set, on which a search measures: give its DataLoaders one, or pass a function of the model '
+                         'to the search without a Learner.')
     def evaluate(m):
         with _with_model(learn, m), learn.no_bar(): return learn.validate()[i]
     return evaluate, dict(metric=name, higher_is_better=_direction(name, higher_is_better))

@@ -105,6 +105,10 @@ def _first_that_holds(job, order, reason, path):
     raise ValueError(f'no file was written, as none answers as the model does. {" | ".join(failed)}.{hint}')
 
 # %% ../../nbs/export/onnx.ipynb #2a733c7d
+_RTOL = {torch.float16: 1e-2, torch.bfloat16: .05}      # what the rounding of the model itself may be
+
+def _rtol(model, half): return max([1e-2 if half else 1e-3, *(_RTOL.get(p.dtype, 0.) for p in getattr(model, 'parameters', list)())])
+
 def export_onnx(
     model: nn.Module,                   # left as found
     path: str|os.PathLike,              # file to write
@@ -117,13 +121,14 @@ def export_onnx(
     fold: bool = True,                  # fold batch norms first?
     metadata: Mapping|None = None,      # what else to store in the file: texts, or what JSON can hold
     n_batches: int|None = 4,            # of `data` that are compared; None for all
-    rtol: float|None = None,            # largest difference, relative to the largest value of each output; None: 1e-3, with `half` 1e-2
+    # largest difference, relative to the largest value of each output; None: 1e-3; 1e-2 with `half` or a model in float16, .05 in bfloat16
+    rtol: float|None = None,
     atol: float = 0.,                   # differences that are always allowed
     latency: bool = True,               # measure the time of the traced batch?
     overwrite: bool = False,            # replace an existing file?
 ) -> ONNXReport:
     "Write `model` as an ONNX file that was run in ONNX Runtime and gives the same output"
-    if rtol is None: rtol = 1e-2 if half else 1e-3
+    if rtol is None: rtol = _rtol(model, half)
     _check(model, exporter, dynamic, opset, half, rtol, atol)
     if is_text_classifier(model): model = ServedText(model, None)       # its other outputs are those of the encoder
     needs('onnx', 'onnxscript', 'onnxruntime')

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 from ..core.latency import LatencyTable
 from ..core.modules import _is_ours
-from ..core.search import Suggestion, check_search, find
+from ..core.search import Suggestion, check_search, find, first_score
 from .decide import make_plan
 from .ranks import ParamBudget
 
@@ -61,7 +61,7 @@ def rank_find(
     def budget(ratio, round_to=round_to): return ParamBudget(ratio, cost=cost, round_to=round_to)
     check_search(max_drop, ratios, refine)
     for r in ratios: budget(r)                      # wrong ones show before the work begins
-    dense = float(evaluate(model))
+    dense = first_score(evaluate, model)
     plan = make_plan(model, budget(1.), data=data, n_batches=n_batches, sensitivity=sensitivity, layers=layers, exclude=exclude,
         types=types, quiet=True)
     if not any(o.can and o.asked for o in plan.layers):

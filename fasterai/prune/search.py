@@ -9,7 +9,7 @@ __all__ = ['PruneSuggestion', 'prune_find']
 from collections.abc import Callable, Sequence
 from fastcore.meta import delegates
 from torch import nn
-from ..core.search import Suggestion, check_search, find
+from ..core.search import Suggestion, check_search, find, first_score
 from .pruner import Pruner
 from .widths import Unreachable
 
@@ -39,9 +39,10 @@ def prune_find(
     check_search(max_drop, ratios, refine)
     if kwargs.get('cost') == 'latency': raise ValueError("cost='latency' is measured anew for each budget: search by 'macs', 'params' "
                                                   "or a LatencyTable, or call Pruner(budget, cost='latency').")
+    dense = first_score(evaluate, model)
     plan = Pruner(max(ratios), **kwargs).plan(model, data, n_batches=n_batches, loss=loss)
     def planned(ratio):
         try: return plan.replan(ratio)
         except Unreachable: return None
-    return find(model, planned, evaluate, float(evaluate(model)), max_drop=max_drop, metric=metric, ratios=ratios, refine=refine,
+    return find(model, planned, evaluate, dense, max_drop=max_drop, metric=metric, ratios=ratios, refine=refine,
                 higher_is_better=higher_is_better, verb='prune_find', kind=PruneSuggestion, size=lambda p: (p.params_after, p.macs_after))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from functools import lru_cache
 from torch import nn
-from ..core.search import Suggestion, check_search, find
+from ..core.search import Suggestion, check_search, find, first_score
 from ..core.matrices import readable
 from .formats import BITS, Half, mk_format
 from .layers import HalfLinear, QuantLayer
@@ -98,6 +98,7 @@ def bit_find(
     "The fewest bytes at which `evaluate` loses no more than `max_drop`, and the curve"
     check_search(max_drop, (1.,) if ratios is None else ratios, refine)
     for r in ratios or (): ByteBudget(r)            # wrong ones show before the work begins
+    dense = first_score(evaluate, model)
     q = Quantizer(ByteBudget(1., formats=formats), layers=layers, exclude=exclude, types=types, embeddings=embeddings, rounding=rounding)
     seen = q._look(model, data, n_batches, 'auto', loss)
     if not seen.prices: raise ValueError('nothing to quantize' + ''.join(f'; {n}: {why}' for n,why in [*seen.why.items()][:3]) + '.')
@@ -105,6 +106,6 @@ def bit_find(
     tried = [*singles, *(_between(singles) if ratios is None else ratios)]
     if not tried: raise ValueError(f'formats={tuple(map(str, formats))} make no layer smaller, and ratios= names no budget.')
     start = 'now' if any(isinstance(m, (QuantLayer, HalfLinear)) for m in model.modules()) else 'dense'
-    return find(model, _planner(q, seen, singles, formats), evaluate, float(evaluate(model)), max_drop=max_drop, metric=metric,
+    return find(model, _planner(q, seen, singles, formats), evaluate, dense, max_drop=max_drop, metric=metric,
         higher_is_better=higher_is_better, ratios=tried, refine=refine, verb='bit_find', kind=BitSuggestion,
         size=lambda p: tuple(o.format for o in p.layers), start=start)

@@ -15,7 +15,7 @@ from ..core.batches import _short
 from ..core.learner import _check_now, _compressed, _running
 from ..core.validate import check_idle, given_plan, measured_by
 from ..core.modules import _warn_user
-from ..core.search import Suggestion, check_search, find
+from ..core.search import Suggestion, check_search, find, first_score
 from .find import find_sparse
 from .plan import SparsityPlan
 from .resolve import sparse_moments
@@ -103,7 +103,7 @@ def sparsity_find(self:Learner,
     sites = [o for o in find_sparse(self.model, types=s.types) if o.reason is None]
     stats = sparse_moments(self.model, self.dls if data is None else data, sites, n_batches, loss=loss)
     def planned(ratio): return Sparsifier(round(1 - ratio, 9), **kwargs).plan(self.model, stats)
-    res = find(self.model, planned, evaluate, float(evaluate(self.model)), max_drop=max_drop,
+    res = find(self.model, planned, evaluate, first_score(evaluate, self.model), max_drop=max_drop,
                ratios=[1 - s for s in sparsities], refine=refine,
                verb='sparsity_find', kind=SparsitySuggestion, size=lambda p: p.zeros, **how)
     if show_plot: res.plot()

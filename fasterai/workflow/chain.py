@@ -7,8 +7,9 @@ __all__ = ['compress']
 
 # %% ../../nbs/workflow/chain.ipynb #f798a092
 import math, os, re, shutil, tempfile, warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 import pandas as pd
@@ -18,7 +19,7 @@ from ..core.batches import _Bar
 from ..core.modules import count_params
 from ..core.plan import Plan
 from ..core.report import _megabytes, _where
-from ..core.search import check_search
+from ..core.search import check_evaluate, check_search, first_score, score_of
 from ..export.exporters import check_target, staged
 from ..export.inputs import batches_of
 from ..export.int8 import _how, has_tables, quantize_onnx
@@ -28,6 +29,8 @@ from .steps import LOSSLESS, STEPS, Goal, chosen_steps
 from .target import Candidate, FileTarget, TorchTarget
 
 # %% ../../nbs/workflow/chain.ipynb #20465b1c
+_ROUNDING = 1e-5    # of float32: a metric that differs by this share is the same
+
 @dataclass
 class _Chain:
     model: nn.Module                        # as it is now
@@ -51,14 +54,14 @@ class _Chain:
         sign = 1 if self.higher_is_better else -1
         return sign*((kept[-1] if value is None else value) - kept[0]) + share*self.max_drop
 
-    def _good(self, value, share): return self._room(share, value) >= -1e-9
+    def _good(self, value, share): return self._room(share, value) >= -_ROUNDING*abs(self.rows[0]['metric'])
 
 # %% ../../nbs/workflow/chain.ipynb #cfcae700
 @patch
 def _measured(self:_Chain, step):
     "`evaluate`, with a note of what each candidate costs"
     def f(m):
-        value = float(self.evaluate(m))
+        value = self.evaluate(m)
         if m is not self.model: self._note(step, value, Candidate(m, _megabytes(m)), timed=self.goal.target == 'torch')
         return value
     return f
@@ -104,7 +107,7 @@ def _helps(self:_Chain, c):
 @patch
 def _judge(self:_Chain, name, share, model, plan, c):
     "Keep candidate `c`, or leave it"
-    value,(helps,how) = float(self.evaluate(c.model)),self._helps(c)
+    value,(helps,how) = self.evaluate(c.model),self._helps(c)
     if not self._good(value, share): why = f'{self.metric} falls too much'
     elif name not in LOSSLESS and not helps: why = f'it does not help here, {how}'
     else: why = ''
@@ -138,7 +141,7 @@ def _int8(self:_Chain, share, ways):
             warnings.simplefilter('ignore', UserWarning)    # what it warns of is measured here
             res = quantize_onnx(self.kept[-1].path, path, self._feeds(), **opts)
         c = self.target.opened(path)
-        self._note('quantize', value := float(self.evaluate(c.model)), c, timed=True)
+        self._note('quantize', value := self.evaluate(c.model), c, timed=True)
         if self._good(value, share): break
     return self.model,f'{res.exporter}: {res.notes[0]}',c,opts
 
@@ -152,11 +155,12 @@ def _ways(proto, kind):
 @patch
 def _bits(self:_Chain, share):
     "Few bits in the model: in the file packed products, and weights that are unpacked when it is loaded"
-    try: plan,_ = STEPS['quantize'](self.model, self._measured('quantize'), self.data, self.goal, **self._search('quantize', share))
-    except ValueError: return []        # no layer that it knows; ONNX Runtime may know it
-    if plan is None: return []
-    new = plan.apply(self.model)
-    return [(new, plan, self.target.candidate(new), None)]
+    try:
+        plan,_ = STEPS['quantize'](self.model, self._measured('quantize'), self.data, self.goal, **self._search('quantize', share))
+        if plan is None: return []
+        new = plan.apply(self.model)
+        return [(new, plan, self.target.candidate(new), None)]
+    except (ValueError, RuntimeError): return []        # no layer that it knows, or no file: 8 bits of ONNX Runtime may do
 
 @patch
 def _quantized_file(self:_Chain, share):
@@ -167,7 +171,7 @@ def _quantized_file(self:_Chain, share):
     found = self._bits(share) if self.goal.kind == 'bytes' else []
     # convolutions in 8 bits are a quarter at best
     if not found or 'rows' in ways[0] or found[0][2].mb > self.kept[-1].mb/4: found.insert(0, self._int8(share, ways))
-    good = [o for o in found if self._good(float(self.evaluate(o[2].model)), share)]
+    good = [o for o in found if self._good(self.evaluate(o[2].model), share)]
     *what,opts = min(good or found[:1], key=lambda o: o[2].mb)
     self._judge('quantize', share, *what)
     if self.kept[-1] is what[2]: self.int8 = opts
@@ -204,15 +208,15 @@ def _run(c, names):
     try:
         for name in bar:
             bar.comment = name
-            c._step(name, (lossy.index(name) + 1)/len(lossy) if name in lossy else 0.)
+            c._step(name, (lossy.index(name) + 1 if name in lossy else 1)/max(1, len(lossy)))
     except KeyboardInterrupt: return f'; interrupted in the step {name!r}: what came before is kept'
     return ''
 
 # %% ../../nbs/workflow/chain.ipynb #9c43b3c1
 def compress(
     model: nn.Module,                       # left unchanged
-    evaluate: Callable[[nn.Module],float],  # the metric of a model, on data kept for validation
-    data,                                   # inputs to look at, see `Batches`; not those of `evaluate`
+    evaluate: Callable[[nn.Module],float],  # the metric of a model in eval mode, on data kept for validation
+    data,                                   # inputs to look at, in the form in which `evaluate` passes others
     *,
     max_drop: float = 0.01,                 # loss that is still good, in units of the metric
     higher_is_better: bool = True,          # does a larger metric mean a better model?
@@ -229,10 +233,14 @@ def compress(
     check_search(max_drop, (1.,), 0)
     names = chosen_steps(steps)
     _check(goal, target, path, batch_size, overwrite)
+    check_evaluate(evaluate, model)
+    if isinstance(data, Iterator): data = [*data]       # each step looks at it
     with tempfile.TemporaryDirectory() as folder:
         t = TorchTarget(model, data) if target == 'torch' else FileTarget(model, data, Path(folder))
+        dense,evaluate = first_score(evaluate, model),partial(score_of, evaluate)
         c = _Chain(model, evaluate, data, Goal(goal, batch_size, target), max_drop, higher_is_better, metric, t, tune)
-        c._add('before', model, None, float(evaluate(model)), '', True, t.candidate(model))
+        c._add('before', model, None, dense, '', True, t.candidate(model))
+        if path is not None: evaluate(c.kept[0].model)      # raises where the file cannot be called as the model is
         note = _where([model]) + (', ONNX Runtime' if path else '') + _run(c, names)
         c._timed()
         if path is not None:

@@ -47,7 +47,7 @@ def fasterai_compress(
                 distill=distill, out=out, force=force)
     _check_options(**opts)
     from fasterai.workflow.job import run_chain       # imports PyTorch and fastai, which takes seconds
-    return run_chain(**opts, metric=metric, steps=steps and steps.replace(',', ' ').split())
+    return run_chain(**opts, metric=metric, steps=steps)
 
 # %% ../../nbs/workflow/cli.ipynb #cd94120e
 _SPOKEN = {'overwrite=True': '--force', 'max_drop=': '--max-drop ', 'steps must': '--steps must', 'metric=': '--metric '}

@@ -42,8 +42,9 @@ def example_learner(
 def _given(model, dls):
     "The Learner in a file, with its data"
     learn = load_export(model)
-    got = named_function(dls, '--dls')()
-    if not isinstance(got, DataLoaders): raise ValueError(f'--dls {dls} returned {type(got).__name__}, not DataLoaders.')
+    got = named_function(dls, '--dls')
+    if not isinstance(got, DataLoaders) and callable(got): got = got()
+    if not isinstance(got, DataLoaders): raise ValueError(f'--dls {dls} gives {type(got).__name__}, not DataLoaders.')
     learn.dls = got
     return learn
 

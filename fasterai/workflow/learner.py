@@ -9,6 +9,7 @@ __all__ = []
 import os, tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Literal
 from fastai.callback import progress as _, schedule as _      # no_bar, fit_one_cycle
@@ -63,6 +64,7 @@ def compress(self:Learner,
     check_idle(self, 'compress')
     if isinstance(distill, bool) or not isinstance(distill, int) or distill < 0:
         raise ValueError(f'distill must be a number of epochs, got {distill!r}.')
+    if isinstance(lr, bool) or not isinstance(lr, (Real, slice)): raise TypeError(f'lr must be a learning rate, got {lr!r}.')
     evaluate,how = measured_by(self, metric, higher_is_better)
     opts = how | dict(max_drop=max_drop, goal=goal, batch_size=batch_size, steps=steps, tune=_tuner(self, distill, lr) if distill else None)
     looked = self.dls if data is None else data

@@ -52,10 +52,11 @@ STEPS = dict(fold=_fold, prune=_prune, decompose=_decompose, quantize=_quantize)
 LOSSLESS = frozenset({'fold'})
 
 def chosen_steps(
-    steps: Iterable[str]|None,  # names; None for all
+    steps: Iterable[str]|None,  # names, also in one text with commas; None for all
 ) -> tuple[str,...]:            # in the order of the chain
     "Raise for a name that is no step"
-    if isinstance(steps, str): steps = [steps]
+    if isinstance(steps, str): steps = steps.replace(',', ' ').split()
+    if steps is not None and not isinstance(steps, Iterable): raise TypeError(f'steps must be names, some of {", ".join(map(repr, STEPS))}, got {steps!r}.')
     names = tuple(STEPS) if steps is None else tuple(steps)
     odd = [o for o in names if o not in STEPS]
     if odd or not names: raise ValueError(f'steps must be some of {", ".join(map(repr, STEPS))}, got {odd[0] if odd else names!r}.')

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from ..core.batches import left_as_found
+from ..core.batches import _kinds, left_as_found, run_batches
 from ..core.latency import _latencies
 from ..core.report import _megabytes
 from ..export.exporters import file_bytes
@@ -42,6 +42,7 @@ class TorchTarget:
         data,               # see `Batches`
     ):
         self.form,(xs,) = batches_of(model, data, 1)
+        for _ in run_batches(model, data, n_batches=1): pass     # raises what is wrong
         self.xs,self.rows = xs,rows_of(xs)
         self.device = next((p.device for p in model.parameters()), torch.device('cpu'))
 
@@ -71,7 +72,11 @@ class FileModel(nn.Module):
         self.leaves,self.spec = tree_flatten(like)      # `like`: what the model returns
         self.empty = nn.Parameter(torch.empty(0), False)    # a Learner asks it for the device
     def forward(self, *args, **kw):
-        found = run_file(self.sess, self.form.names, self.form.tensors(args, kw))
+        try: xs = self.form.tensors(args, kw)
+        except ValueError:
+            raise ValueError(f'evaluate calls the model with {_kinds(args, kw)}, a batch of data holds {", ".join(self.form.names)}, and a file takes only these: '
+                             'call the model alike, and compute a loss outside of it.') from None
+        found = run_file(self.sess, self.form.names, xs)
         res = iter([torch.from_numpy(v).to(self.empty.device) for v in found.values()])
         return tree_unflatten([next(res, None) if isinstance(o, torch.Tensor) else o for o in self.leaves], self.spec)
     def reset(self): "What fastai calls in recurrent networks; a file keeps no state"
