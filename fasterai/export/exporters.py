@@ -89,12 +89,12 @@ def to_graph(
     return res,said
 
 def _strip(proto):
-    "Without the places in the source of whoever exported it"
+    "Without the places in the source of whoever exported it, and without shapes that ONNX Runtime finds by itself"
     for g in (proto.graph, *proto.functions):
         for n in g.node:
             n.doc_string = ''
             del n.metadata_props[:]
-    del proto.graph.metadata_props[:]
+    del proto.graph.metadata_props[:], proto.graph.value_info[:]
 
 def _sums_before_norms(proto):
     "`Add` in front of a layer norm as `Sum`: ONNX Runtime would join the two to an operator that is slow on CPUs"

@@ -18,6 +18,7 @@ from ..core.latency import _latencies
 from .exporters import EXPORTERS, annotate, check_target, listening, needs, save_graph, staged, to_graph
 from .inputs import Flat, batches_of, dynamic_axes, outputs, resized, runs, traced, trials
 from ..core.matrices import model_bytes
+from ..quantize.base import QuantLayer
 from .prepare import folded, grown, plain_copy
 from .report import ONNXReport
 from .served import ServedText
@@ -41,7 +42,7 @@ def _check(model, exporter, dynamic, opset, half, rtol, atol):
         raise ValueError(f"exporter must be 'auto', {' or '.join(map(repr, EXPORTERS))}, got {_short(exporter)}.")
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or opset < 9):
         raise ValueError(f'opset must be an int of at least 9, or None, got {_short(opset)}.')
-    if not rtol > 0 or not atol >= 0: raise ValueError(f'rtol must be positive and atol not negative, got {rtol!r} and {atol!r}.')
+    if rtol is not None and not rtol > 0 or not atol >= 0: raise ValueError(f'rtol must be positive and atol not negative, got {rtol!r} and {atol!r}.')
     if any(p.is_meta for p in model.parameters()):
         raise ValueError('the model is on the meta device and holds no values: load its weights first.')
 
@@ -107,7 +108,9 @@ def _first_that_holds(job, order, reason, path):
 # %% ../../nbs/export/onnx.ipynb #2a733c7d
 _RTOL = {torch.float16: 1e-2, torch.bfloat16: .05}      # what the rounding of the model itself may be
 
-def _rtol(model, half): return max([1e-2 if half else 1e-3, *(_RTOL.get(p.dtype, 0.) for p in getattr(model, 'parameters', list)())])
+def _rtol(model, half):
+    dynamic = any(isinstance(m, QuantLayer) and m.format.dynamic for m in model.modules())      # inputs are rounded in both, not alike
+    return max([1e-2 if half else 1e-3, .05*dynamic, *(_RTOL.get(p.dtype, 0.) for p in model.parameters())])
 
 def export_onnx(
     model: nn.Module,                   # left as found
@@ -121,15 +124,15 @@ def export_onnx(
     fold: bool = True,                  # fold batch norms first?
     metadata: Mapping|None = None,      # what else to store in the file: texts, or what JSON can hold
     n_batches: int|None = 4,            # of `data` that are compared; None for all
-    # largest difference, relative to the largest value of each output; None: 1e-3; 1e-2 with `half` or a model in float16, .05 in bfloat16
+    # largest difference, relative to the largest value of each output; None: 1e-3; 1e-2 with `half` or a model in float16, .05 in bfloat16 or with 8-bit inputs
     rtol: float|None = None,
     atol: float = 0.,                   # differences that are always allowed
     latency: bool = True,               # measure the time of the traced batch?
     overwrite: bool = False,            # replace an existing file?
 ) -> ONNXReport:
     "Write `model` as an ONNX file that was run in ONNX Runtime and gives the same output"
-    if rtol is None: rtol = _rtol(model, half)
     _check(model, exporter, dynamic, opset, half, rtol, atol)
+    if rtol is None: rtol = _rtol(model, half)
     if is_text_classifier(model): model = ServedText(model, None)       # its other outputs are those of the encoder
     needs('onnx', 'onnxscript', 'onnxruntime')
     check_target(path, overwrite)
