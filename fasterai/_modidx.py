@@ -1951,7 +1951,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai.prune.prove._apart': ('prune/prove.html#_apart', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._culprits': ('prune/prove.html#_culprits', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._disturbed': ('prune/prove.html#_disturbed', 'fasterai/prune/prove.py'),
-                                      'fasterai.prune.prove._drowned': ('prune/prove.html#_drowned', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._fault': ('prune/prove.html#_fault', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._idle': ('prune/prove.html#_idle', 'fasterai/prune/prove.py'),
                                       'fasterai.prune.prove._line': ('prune/prove.html#_line', 'fasterai/prune/prove.py'),
