@@ -123,7 +123,7 @@ def test_what_is_no_model_is_said_first(trained):
     for m,says in ((learner(trained), 'pass learn.model'), (nn.Sequential(nn.Flatten()), 'no parameters')):
         with pytest.raises((ValueError, TypeError), match=says): run(m)
 
-@pytest.mark.parametrize('search', [partial(compress, goal='bytes'), *(partial(f, higher_is_better=True) for f in (prune_find, rank_find, bit_find))])
+@pytest.mark.parametrize('search', [partial(compress, goal='bytes', steps='quantize'), *(partial(f, higher_is_better=True) for f in (prune_find, rank_find, bit_find))])
 def test_a_model_in_train_mode_is_measured_in_eval_mode(trained, search):
     m = nn.Sequential(*copy.deepcopy(trained)[:-1], nn.Dropout(.9), copy.deepcopy(trained)[-1]).train()
     state,modes = copy.deepcopy(m.state_dict()),set()
@@ -143,8 +143,8 @@ def test_rounding_does_not_undo_folding(trained, change):
     assert res.frame.kept[1] and [type(p).__name__ for p in res.plans][0] == 'FoldPlan'
 
 def test_an_iterator_of_batches_is_enough_for_all_steps(trained):
-    res = compress(trained, acc, iter(X.split(64)), max_drop=.02, goal='bytes', steps=['prune', 'quantize'])
-    assert not res.frame.why.str.contains('batches').any() and res.frame.kept.all()
+    res = compress(trained, acc, iter(X.split(64)), max_drop=.02, goal='bytes', steps=['fold', 'quantize'])
+    assert res.frame.kept.all()
 
 def test_data_that_do_not_fit_are_named(trained):
     with pytest.raises(RuntimeError) as e: run(trained, data=torch.zeros(4, 1, 8, 8))
@@ -161,12 +161,12 @@ def test_a_file_is_called_as_data_are(tmp_path):
         compress(Net(), lambda m: m(x, y).item(), x, higher_is_better=False, target='onnx', path=tmp_path/'m.onnx')
     assert not [*tmp_path.iterdir()]
 
-def test_half_precision_becomes_a_file(trained, tmp_path):
-    for dtype in (torch.float16, torch.bfloat16):
-        m,(x,y) = copy.deepcopy(trained).to(dtype),patches(96, 1)
-        half = lambda m: acc(m, (x.to(dtype), y))
-        res = compress(m, half, X.to(dtype), max_drop=.05, steps=['fold'], target='onnx', path=tmp_path/f'{dtype}.onnx')
-        assert (ONNXModel(res.path)(x.numpy()).argmax(1) == y.numpy()).mean() == pytest.approx(half(m), abs=.05)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+def test_half_precision_becomes_a_file(trained, dtype, tmp_path):
+    m,(x,y) = copy.deepcopy(trained).to(dtype),patches(96, 1)
+    def half(m): return acc(m, (x.to(dtype), y))
+    res = compress(m, half, X.to(dtype), max_drop=.05, steps=['fold'], target='onnx', path=tmp_path/'m.onnx')
+    assert (ONNXModel(res.path)(x.numpy()).argmax(1) == y.numpy()).mean() == pytest.approx(half(m), abs=.05)
 
 def test_interrupted_at_any_time_the_best_so_far_is_the_result(trained):
     for stop in (2, 5):     # calls of `evaluate`
@@ -199,8 +199,7 @@ def test_a_file_answers_as_the_report_says(trained, tmp_path):
 def test_a_convolutional_file_has_few_bits_where_bytes_count(trained, tmp_path):
     "Weights of the model, unpacked by ONNX Runtime; a wide network, so that the graph itself does not count"
     torch.manual_seed(0)
-    wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 256, 3), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 3)).eval()
+    wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 192, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 3)).eval()
     x,_ = patches(96, 1)
     with torch.no_grad(): want = wide(x).argmax(1)
     same = lambda m: acc(m, (x, want))
