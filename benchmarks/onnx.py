@@ -217,6 +217,7 @@ def _accuracy(path, learn):
     return sum(model.predict(o)[1] == int(y) for o,y in items)/len(items)
 
 def cnn(tmp, rounds, size=64):
+    from fasterai.quantize import learner as _      # quantize
     learn = _digits(size, 4)
     dense = learn.export_onnx(tmp/'dense.onnx', fold=False)
     whole = learn.export_onnx(tmp/'folded.onnx')
