@@ -107,7 +107,6 @@ def check_evaluate(evaluate, model):
     if not isinstance(model, nn.Module):
         hint = ': call its method of that name, or pass learn.model' if isinstance(getattr(model, 'model', None), nn.Module) else ''
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}{hint}.')
-    if next(model.parameters(), None) is None: raise ValueError('the model has no parameters: there is nothing to make smaller.')
     if not callable(evaluate):
         raise TypeError(f'evaluate must be a function that takes a model and returns its metric, got {_short(evaluate)}.')
     try: inspect.signature(evaluate).bind(model)

@@ -234,6 +234,7 @@ def compress(
     names = chosen_steps(steps)
     _check(goal, target, path, batch_size, overwrite)
     check_evaluate(evaluate, model)
+    if next(model.parameters(), None) is None: raise ValueError('the model has no parameters: there is nothing to make smaller.')
     if isinstance(data, Iterator): data = [*data]       # each step looks at it
     with tempfile.TemporaryDirectory() as folder:
         t = TorchTarget(model, data) if target == 'torch' else FileTarget(model, data, Path(folder))
