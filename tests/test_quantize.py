@@ -15,7 +15,7 @@ from fasterai.quantize import layers as layers_room, packing
 from fasterai.core.matrices import as_planned, model_bytes, second_moments
 from fasterai.quantize.find import find_layers
 from fasterai.quantize.base import QuantLayer
-from fasterai.quantize.formats import Corrected, Pair, mk_format, weight_bytes
+from fasterai.quantize.formats import Corrected, Pair, mk_format, parts_of, weight_bytes
 from fasterai.quantize.layers import HalfLinear, QuantConv, QuantConv1D, QuantEmbedding
 from fasterai.quantize.measure import Pricer, collect_moments
 from fasterai.quantize.pairs import directions
@@ -487,7 +487,8 @@ def test_low_rank_layers_in_onnx(f, tmp_path):
     from fasterai.export.onnx import export_onnx
     m,x = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval(),rows(8, 64)
     r = export_onnx(Quantizer({'0': f}).quantize(m, rows(200, 64)), tmp_path/'a.onnx', x, latency=False)
-    assert r.nodes['MatMulNBits'] == (2 if isinstance(f, Pair) else 3) and r.error < 1e-3
+    # wider parts are unpacked when the file is loaded
+    assert r.nodes.get('MatMulNBits', 0) == sum(o.bits <= 4 for o,*_ in parts_of(f, 96, 64)) and r.error < 1e-3
 
 def test_low_rank_in_a_budget():
     torch.manual_seed(0)
