@@ -226,6 +226,7 @@ def test_without_a_validation_set_nothing_is_searched(trained):
     learn = Learner(DataLoaders.from_dsets(items, [], bs=32, device='cpu'), trained, loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
     with pytest.raises(ValueError, match='no validation set'): learn.compress()
 
+@pytest.mark.slow
 def test_texts(tmp_path):
     "A recurrent classifier that returns more than its logits: measured as a file, its LSTM layers in 8 bits"
     from fastai.text.all import AWD_LSTM, BaseTokenizer, CategoryBlock, ColReader, ColSplitter, DataBlock, TextBlock, text_classifier_learner

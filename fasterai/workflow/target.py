@@ -74,8 +74,8 @@ class FileModel(nn.Module):
     def forward(self, *args, **kw):
         try: xs = self.form.tensors(args, kw)
         except ValueError:
-            raise ValueError(f'evaluate calls the model with {_kinds(args, kw)}, a batch of data holds {", ".join(self.form.names)}, and a file takes only these: '
-                             'call the model alike, and compute a loss outside of it.') from None
+            raise ValueError(f'evaluate calls the model with {_kinds(args, kw)}, a batch of data holds {", ".join(self.form.names)}, '
+                             'and a file takes only these: call the model alike, and compute a loss outside of it.') from None
         found = run_file(self.sess, self.form.names, xs)
         res = iter([torch.from_numpy(v).to(self.empty.device) for v in found.values()])
         return tree_unflatten([next(res, None) if isinstance(o, torch.Tensor) else o for o in self.leaves], self.spec)
