@@ -996,6 +996,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fasterai/export/exporters.py'),
                                            'fasterai.export.exporters.is_large': ( 'export/exporters.html#is_large',
                                                                                    'fasterai/export/exporters.py'),
+                                           'fasterai.export.exporters.layer_by_layer': ( 'export/exporters.html#layer_by_layer',
+                                                                                         'fasterai/export/exporters.py'),
                                            'fasterai.export.exporters.listening': ( 'export/exporters.html#listening',
                                                                                     'fasterai/export/exporters.py'),
                                            'fasterai.export.exporters.needs': ( 'export/exporters.html#needs',

@@ -236,6 +236,27 @@ def test_eight_bit_inputs_after_the_model_ran(tmp_path):
     r = export_onnx(model, tmp_path/'a.onnx', x, latency=False)
     assert r.nodes['MatMulNBits'] == 2 and r.error < .05
 
+@pytest.mark.parametrize('f', [4, Int(8, activations='dynamic')], ids=str)
+def test_a_quantized_encoder_layer(f, tmp_path):
+    "Whose fast path reads the weights of its layers"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e,self.l,self.h = nn.Embedding(50, 32),nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.),nn.Linear(32, 7)
+        def forward(self, ids): return self.h(self.l(self.e(ids)).mean(1))
+    model,ids = Net().eval(),torch.randint(50, (16, 9))
+    r = export_onnx(Quantizer(f).quantize(model, ids), tmp_path/'a.onnx', ids, latency=False)
+    assert r.nodes['MatMulNBits'] == 3 and torch.backends.mha.get_fastpath_enabled()
+
+def test_grouped_transposed_convolutions_stay_float(tmp_path):
+    m = nn.Sequential(nn.Conv2d(3, 24, 3, 1, 1), nn.ReLU(), nn.ConvTranspose2d(24, 24, 3, 1, 1, groups=4), nn.ReLU(), nn.Conv2d(24, 8, 1)).eval()
+    x = torch.randn(16, 3, 16, 16)
+    export_onnx(m, tmp_path/'a.onnx', x, latency=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        r = quantize_onnx(tmp_path/'a.onnx', tmp_path/'b.onnx', x)
+    assert r.error < .05 and any('2 of 2 nodes' in n for n in r.notes)
+
 @pytest.mark.parametrize('bits', [5, 6, 8])
 def test_wide_codes_are_unpacked_when_the_file_is_loaded(bits, tmp_path):
     "The graph that ONNX Runtime runs has plain products only"

@@ -25,7 +25,9 @@ from .verify import _shapes, described, ort_errors, session
 
 # %% ../../nbs/export/int8.ipynb #cea54739
 def _array(v):
-    return v.detach().cpu().as_subclass(torch.Tensor).numpy() if isinstance(v, torch.Tensor) else np.asarray(v)
+    if not isinstance(v, torch.Tensor): return np.asarray(v)
+    t = v.detach().cpu().as_subclass(torch.Tensor)
+    return (t.float() if t.dtype is torch.bfloat16 else t).numpy()      # NumPy has no bfloat16
 
 def _feed(batch, wants):
     "A batch by name, checked against the inputs of the file"

@@ -15,7 +15,7 @@ from torch import nn
 from ..core.batches import _short, left_as_found
 from ..core.check import _FAILS
 from ..core.latency import _latencies
-from .exporters import EXPORTERS, annotate, check_target, listening, needs, save_graph, staged, to_graph
+from .exporters import EXPORTERS, annotate, check_target, layer_by_layer, listening, needs, save_graph, staged, to_graph
 from .inputs import Flat, batches_of, dynamic_axes, outputs, resized, runs, traced, trials
 from ..core.matrices import model_bytes
 from ..quantize.base import QuantLayer
@@ -56,8 +56,9 @@ def _graph(model, form, xs, axes, exporter, opset, fold):
     copy,note = plain_copy(model, exporter),''
     if any(x.dtype in (torch.float16, torch.bfloat16) for x in xs): xs = tuple(x.float() if x.is_floating_point() else x for x in xs)
     if fold: copy,note = folded(copy, form, _small(form, xs, axes))
-    with left_as_found(copy), torch.no_grad(): names = [*outputs(form.call(copy, xs))]
-    proto,said = to_graph(exporter, Flat(copy, form).eval(), xs, form.names, names, axes, opset)
+    with layer_by_layer():
+        with left_as_found(copy), torch.no_grad(): names = [*outputs(form.call(copy, xs))]
+        proto,said = to_graph(exporter, Flat(copy, form).eval(), xs, form.names, names, axes, opset)
     return proto,[note] if note else [],said
 
 def _halved(proto):

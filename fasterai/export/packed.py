@@ -52,7 +52,8 @@ def packed_layers(
 ) -> dict[nn.Module,nn.Module]:     # quantized layer -> what stands in its place
     "Layers for a file"
     if exporter != 'dynamo': return {m: _plain(m, torch.float32) for m in model.modules() if isinstance(m, (QuantLayer, HalfLinear))}
+    read = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}     # it takes their weight
     def file(m):
-        if isinstance(m, QuantLinear) and (m.format.bits <= 4 or m.format.dynamic): return PackedLinear(m)
+        if isinstance(m, QuantLinear) and (m.format.bits <= 4 or m.format.dynamic) and m not in read: return PackedLinear(m)
         return frozen(m) if isinstance(m, QuantLayer) else _plain(m, torch.float32)
     return {m: file(m) for m in model.modules() if isinstance(m, (QuantLayer, HalfLinear))}

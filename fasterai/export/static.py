@@ -175,7 +175,8 @@ class Static:
         self.shifts,self.how = {},'smallest and largest values as ranges'
         with listening(): quant_pre_process(str(path), str(self.pre), skip_symbolic_shape=True)
         self.proto = proto = onnx.load(str(self.pre))
-        self.nodes = weighted(proto)
+        grouped = {n.name for n in proto.graph.node if n.op_type == 'ConvTranspose' and any(a.name == 'group' and a.i > 1 for a in n.attribute)}
+        self.nodes = {k: w for k,w in weighted(proto).items() if k not in grouped}      # ONNX Runtime scales their biases by wrong channels
         self.rest = [n.name for n in proto.graph.node if n.op_type in OPS and n.name not in self.nodes]
         self.before = _in_front(proto, self.nodes)
 

@@ -170,7 +170,10 @@ def _quantized_file(self:_Chain, share):
     ways = _ways(proto, self.goal.kind)
     found = self._bits(share) if self.goal.kind == 'bytes' else []
     # convolutions in 8 bits are a quarter at best
-    if not found or 'rows' in ways[0] or found[0][2].mb > self.kept[-1].mb/4: found.insert(0, self._int8(share, ways))
+    if not found or 'rows' in ways[0] or found[0][2].mb > self.kept[-1].mb/4:
+        try: found.insert(0, self._int8(share, ways))
+        except (ValueError, RuntimeError):
+            if not found: raise
     good = [o for o in found if self._good(self.evaluate(o[2].model), share)]
     *what,opts = min(good or found[:1], key=lambda o: o[2].mb)
     self._judge('quantize', share, *what)
