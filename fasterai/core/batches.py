@@ -140,6 +140,17 @@ def _rng_kept(device):
         np.random.set_state(npy)
 
 @contextmanager
+def _in_eval(model):
+    "In eval mode inside; only the flags are restored, which takes no memory"
+    was = [(m, m.training) for m in model.modules()]
+    try:
+        for m,_ in was: m.training = False
+        yield
+    finally:
+        for m,t in was: m.training = t
+
+# %% ../../nbs/core/batches.ipynb #cc672309
+@contextmanager
 def left_as_found(
     model: nn.Module,
 ):

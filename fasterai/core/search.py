@@ -8,13 +8,12 @@ __all__ = ['Suggestion', 'score_of', 'check_evaluate', 'first_score', 'check_sea
 # %% ../../nbs/core/search.ipynb #5ea7c404
 import inspect, math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 import matplotlib.pyplot as plt, pandas as pd
 from torch import nn
-from .batches import _Bar, _short
+from .batches import _Bar, _in_eval, _short
 from .modules import _warn_user
 from .plan import Plan
 from .report import plot_tradeoff
@@ -82,16 +81,6 @@ class Suggestion:
     def _repr_html_(self): return f'<p>{self.title}</p>{self.frame.to_html(**self._fmt, border=0)}<p>{self.stopped}</p>'
 
 # %% ../../nbs/core/search.ipynb #c240700a
-@contextmanager
-def _in_eval(model):
-    "Flags as before at the end"
-    was = [(m, m.training) for m in model.modules()]
-    try:
-        for m,_ in was: m.training = False
-        yield
-    finally:
-        for m,t in was: m.training = t
-
 def score_of(
     evaluate: Callable[[nn.Module],float],
     model: nn.Module,                       # in eval mode meanwhile

@@ -96,6 +96,7 @@ def to_graph(
     _sums_before_norms(res)
     return res,said
 
+# %% ../../nbs/export/exporters.ipynb #cdc5f185
 def _strip(proto):
     "Without the places in the source of whoever exported it, and without shapes that ONNX Runtime finds by itself"
     for g in (proto.graph, *proto.functions):

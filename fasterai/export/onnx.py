@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
-from ..core.batches import _short, left_as_found
+from ..core.batches import _in_eval, _short, left_as_found
 from ..core.check import _FAILS
 from ..core.latency import _latencies
 from .exporters import EXPORTERS, annotate, check_target, layer_by_layer, listening, needs, save_graph, staged, to_graph
@@ -71,12 +71,7 @@ def _times(model, form, xs, sess):
     p,inputs = next(model.parameters(), None),feed(sess, form.names, xs)
     def run():
         with torch.no_grad(): return form.call(model, tuple(x if p is None else x.to(p.device) for x in xs))
-    was = [(m, m.training) for m in model.modules()]
-    try:
-        for m,_ in was: m.training = False
-        return tuple(_latencies([run, partial(sess.run, None, inputs)], .05))
-    finally:
-        for m,t in was: m.training = t
+    with _in_eval(model): return tuple(_latencies([run, partial(sess.run, None, inputs)], .05))
 
 # %% ../../nbs/export/onnx.ipynb #0c1de5ff
 def _attempt(job, exporter, path):

@@ -135,6 +135,7 @@ def collect(
             found[x].append(a[rng.permutation(len(a))[:max(1, _ROWS//len(feeds))]])
     return {x: np.concatenate(v).astype(np.float64) for x,v in found.items()}
 
+# %% ../../nbs/export/rows.ipynb #63f61158
 def write_dynamic(
     p: Products,        # after `rows_to_one`
     out,

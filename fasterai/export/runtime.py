@@ -42,16 +42,25 @@ def _left_alone_in_forks():
     "A process that is forked, such as a worker of a DataLoader, must not clean up sessions that it inherits: their threads are not there"
     if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=gc.freeze)
 
-def _loaded(path, options, providers):
-    _left_alone_in_forks()
-    from onnxruntime import InferenceSession
+def _loaded(path, providers, threads):
+    "The session of a file"
+    import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as o
-    try: return InferenceSession(str(path), options, providers=providers)
+    _left_alone_in_forks()
+    if not path.is_file(): raise FileNotFoundError(f'no such file: {path}.')
+    wanted,there = list(providers or ['CPUExecutionProvider']),ort.get_available_providers()
+    if (lost := [p for p in wanted if (p if isinstance(p, str) else p[0]) not in there]):
+        raise ValueError(f'this ONNX Runtime has no {lost[0]}. It has {", ".join(there)}.')
+    so = ort.SessionOptions()
+    so.log_severity_level = 3
+    if threads is not None: so.intra_op_num_threads = threads
+    try: return ort.InferenceSession(str(path), so, providers=wanted)
     except (o.InvalidProtobuf, o.InvalidGraph, o.NotImplemented, o.Fail) as e:
         raise ValueError(f'{path} is no ONNX file that this ONNX Runtime loads: {str(e).splitlines()[0][:200]}') from None
 
-class ONNXModel:
-    "An ONNX file that is called with arrays, and predicts for items where a Learner made it"
+# %% ../../nbs/export/runtime.ipynb #74c48202
+class _Session:
+    "An ONNX file that is called with arrays"
     def __init__(self,
         path: str|os.PathLike,              # ONNX file
         *,
@@ -59,16 +68,8 @@ class ONNXModel:
         threads: int|None = None,           # None for as many as ONNX Runtime takes
         tokenizer: Callable|None = None,    # text -> tokens, for `predict` on a text
     ):
-        import onnxruntime as ort
-        path,wanted,there = Path(path),list(providers or ['CPUExecutionProvider']),ort.get_available_providers()
-        if not path.is_file(): raise FileNotFoundError(f'no such file: {path}.')
-        if (lost := [p for p in wanted if (p if isinstance(p, str) else p[0]) not in there]):
-            raise ValueError(f'this ONNX Runtime has no {lost[0]}. It has {", ".join(there)}.')
-        so = ort.SessionOptions()
-        so.log_severity_level = 3
-        if threads is not None: so.intra_op_num_threads = threads
-        self.path,self.tokenizer = path,tokenizer
-        self.session = _loaded(path, so, wanted)
+        self.path,self.tokenizer = Path(path),tokenizer
+        self.session = _loaded(self.path, providers, threads)
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         self.learner = json.loads(self.metadata.get('fasterai', '{}'))      # what is known of the Learner
 
@@ -80,11 +81,6 @@ class ONNXModel:
     def outputs(self) -> list[str]:
         "Names"
         return [o.name for o in self.session.get_outputs()]
-    @property
-    def vocab(self) -> list|None:
-        "Classes, in the order of the outputs"
-        return self.learner.get('vocab')
-
     def __repr__(self):
         ins = ', '.join(f'{k} {v}' for k,v in self.inputs.items())
         return f'{type(self).__name__}({self.path.name}: {ins} → {", ".join(self.outputs)})'
@@ -103,6 +99,14 @@ class ONNXModel:
             raise TypeError(f'the file takes the inputs {", ".join(names)}: {bad[0]!r} is {what}.')
         res = self.session.run(None, {w.name: _fitting(given[w.name], w) for w in wants})
         return res[0] if len(res) == 1 else tuple(res)
+
+# %% ../../nbs/export/runtime.ipynb #8fc0e91a
+class ONNXModel(_Session):
+    "An ONNX file that is called with arrays, and predicts for items where a Learner made it"
+    @property
+    def vocab(self) -> list|None:
+        "Classes, in the order of the outputs"
+        return self.learner.get('vocab')
 
     def predict(self,
         item: Any,      # as for `learn.predict`: an image, a row, a text; for other models the arrays of one item

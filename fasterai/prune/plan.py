@@ -162,16 +162,20 @@ class PruningPlan(Plan):
         return self.costs.at({n: len(k) for n,k in self.kept.items()})
     @property
     def params_after(self) -> int: return self.after[0] if self.table else self.params
-    @property
-    def macs(self) -> int:
-        "Multiply-accumulates of the whole model before, on the example"
-        return self.costs.macs if self.table else 0
-    @property
-    def macs_after(self) -> int: return self.after[1] if self.table else 0
-    @property
-    def title(self) -> str:
-        b,a = self.macs,self.macs_after
-        return super().title + (f', {b:,} → {a:,} MACs ({a/b-1:+.1%})' if b else '')
+
+# %% ../../nbs/prune/plan.ipynb #acf7517e
+@patch(as_prop=True)
+def macs(self:PruningPlan) -> int:
+    "Multiply-accumulates of the whole model before, on the example"
+    return self.costs.macs if self.table else 0
+
+@patch(as_prop=True)
+def macs_after(self:PruningPlan) -> int: return self.after[1] if self.table else 0
+
+@patch(as_prop=True)
+def title(self:PruningPlan) -> str:
+    b,a = self.macs,self.macs_after
+    return super(PruningPlan, self).title + (f', {b:,} → {a:,} MACs ({a/b-1:+.1%})' if b else '')
 
 # %% ../../nbs/prune/plan.ipynb #46ec5c47
 @patch

@@ -90,6 +90,7 @@ def masked(self:_Bench, groups, kept):
     finally:
         for w,dim,at,old in reversed(saved): w.index_copy_(dim, at, old)
 
+# %% ../../nbs/prune/prove.ipynb #0ee380df
 _SHAKE = 4096
 
 @patch

@@ -152,6 +152,7 @@ def _ways(proto, kind):
     if kind == 'latency': return [dict(rows=r, embeddings=e) for r in (False, True) for e in tables]
     return [dict(rows=r, embeddings=e) for e in tables for r in (False, True)]
 
+# %% ../../nbs/workflow/chain.ipynb #f5e7e299
 @patch
 def _bits(self:_Chain, share):
     "Few bits in the model: in the file packed products, and weights that are unpacked when it is loaded"
